@@ -1,8 +1,8 @@
 """Token ids to text while they arrive: one `IncrementalDetokenizer` per request, fed by `router.generation`.
 
 Each id stands for a run of bytes (`TokenBytes`), and an incremental UTF-8 decoder turns the bytes into characters:
-well under a microsecond a token however long the answer is. Two kinds of decoders can be written that way, byte-level BPE
-(GPT-2, Llama 3, Qwen) and SentencePiece with byte fall-back (Llama 2, Mistral, Gemma); for any other kind
+well under a microsecond a token however long the answer is. Two kinds of decoders can be written that way, byte-level
+BPE (GPT-2, Llama 3, Qwen) and SentencePiece with byte fall-back (Llama 2, Mistral, Gemma); for any other kind
 (`WindowDetokenizer`) the library decodes a short window of recent ids again and again. Never torch, no I/O.
 """
 
@@ -127,7 +127,7 @@ def detokenizers(tokenizer: Tokenizer) -> Callable[[Iterable[int]], IncrementalD
     """
     steps = _decoder_steps(tokenizer)
     kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
+    if is_byte_level(tokenizer):
         pieces = TokenBytes(tokenizer, _spell_byte_level)
         return lambda context: ByteDetokenizer(
             pieces, errors="replace", strip_first_space=False, context=context
@@ -144,6 +144,11 @@ def detokenizers(tokenizer: Tokenizer) -> Callable[[Iterable[int]], IncrementalD
     return lambda context: WindowDetokenizer(
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), context
     )
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """True when every text has tokens of its own, byte by byte if need be."""
+    return [step["type"] for step in _decoder_steps(tokenizer)] == ["ByteLevel"]
 
 
 def _decoder_steps(tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from router.chat import ChatTemplate, ChatTemplateError
-from router.detokenizer import IncrementalDetokenizer, detokenizers
+from router.detokenizer import IncrementalDetokenizer, detokenizers, is_byte_level
 from router.stop import StopMatcher
 
 __all__ = [
@@ -72,6 +72,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._make_detokenizer: Callable[[Iterable[int]], IncrementalDetokenizer] = detokenizers(tokenizer)
+        self._chars_per_token = _longest_token(tokenizer)
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         self.defaults = defaults
@@ -118,6 +119,13 @@ class TextCodec:
         """The text of all ids together, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def longest_text(self, tokens: int) -> int | None:
+        """How many characters `tokens` tokens can stand for at most; None when the tokenizer sets no such bound.
+
+        Lets a hopeless prompt be refused before any time goes into tokenizing it.
+        """
+        return None if self._chars_per_token is None else tokens * self._chars_per_token
+
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
@@ -134,6 +142,14 @@ class TextCodec:
     def detokenizer(self, prompt: Sequence[int] = ()) -> IncrementalDetokenizer:
         """A fresh detokenizer for the answer to `prompt`."""
         return self._make_detokenizer(prompt[-_CONTEXT_IDS:])
+
+
+def _longest_token(tokenizer: Tokenizer) -> int | None:
+    """In characters; None when one token may stand for any amount of text (unknown token, normalizer, white space)."""
+    swallows = any(token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values())
+    if tokenizer.normalizer is not None or swallows or not is_byte_level(tokenizer):
+        return None
+    return max(map(len, tokenizer.get_vocab()), default=1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

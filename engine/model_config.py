@@ -26,7 +26,7 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding: base and the rule that stretches it. The last four fields are used by the kinds that need them."""
+    """Rotary embedding: base, and the rule that stretches it with its numbers (unused ones keep their defaults)."""
 
     theta: float = 10000.0
     kind: RopeKind = "default"

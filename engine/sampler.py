@@ -117,7 +117,7 @@ def _where(flags: list[bool], value: bool) -> list[int]:
     return [index for index, flag in enumerate(flags) if flag is value]
 
 
-# --- counter-based noise (SplitMix64: Steele, Lea, Flood, OOPSLA 2014) -------------------------------------------------
+# --- counter-based noise (SplitMix64: Steele, Lea, Flood, OOPSLA 2014) ---------------------------------------------
 
 
 def noise_key(seed: int, choice: int, position: int) -> int:

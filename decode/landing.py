@@ -1,0 +1,387 @@
+"""Where hand-offs arrive: peers, leases, credits, landed chunks, and what happens when any of it goes wrong. Pure.
+
+    begin -> credits out -> chunk done -> blocks taken -> copied out and verified -> next credit ... -> complete
+      `-> anything wrong, late or lost: the verified chunks stay, the rest is computed here
+
+Credit rule (why this cannot deadlock): blocks are taken when a chunk has landed, not before. A chunk is credited only
+while free and evictable blocks cover all that the oldest hand-off still needs, plus one block for each running
+sequence; the last free slot is the oldest hand-off's alone. So the oldest one can always finish.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from decode.handoff import Handoff, Landing
+from engine.api import Submit
+from engine.ledger import BlockLedger, SlotLedger
+from engine.sequence import Sequence
+from kvtransfer.chunks import chunks, seeds
+from kvtransfer.handshake import mismatch
+from kvtransfer.leases import LeaseBook
+from kvtransfer.messages import (
+    Abort,
+    Begin,
+    ChunkDone,
+    Connect,
+    Connected,
+    ControlMessage,
+    Copied,
+    CopyOut,
+    Credit,
+    Disconnect,
+    Done,
+    Failed,
+    Hello,
+    MoverReport,
+    Probe,
+    Probed,
+    Quiet,
+)
+from worker.messages import FromPeer, PeerRefused, ToPeer
+from worker.role import Action
+
+PROBE_PERIOD_S = 0.25
+CREDITS_PER_HANDOFF = 4  # enough to hide a round trip behind a chunk's write; more would only hold slots
+
+OnEnd = Callable[[Sequence, int, int, str, float], None]
+
+
+@dataclass(slots=True)
+class Peer:
+    """A prefill worker's incarnation, as long as its control stream lives."""
+
+    hello: Hello
+    connected: bool = False
+
+    @property
+    def incarnation(self) -> str:
+        return self.hello.incarnation
+
+
+class LandingZone:
+    """All open hand-offs of one decode worker. `on_end(sequence, remote_tokens, size_bytes, failure, now)` is called
+    once for each hand-off that was begun and not cancelled."""
+
+    def __init__(
+        self,
+        hello: Hello,
+        blocks: BlockLedger,
+        slots: SlotLedger,
+        timeout_s: float,
+        counters: Counter[str],
+        actions: list[Action],
+        *,
+        on_end: OnEnd,
+    ) -> None:
+        self.hello = hello
+        self.blocks = blocks
+        self.leases = LeaseBook(slots)
+        self.timeout_s = timeout_s
+        self._slots = slots
+        self._counters = counters
+        self._actions = actions
+        self._on_end = on_end
+        self._peers: dict[str, Peer] = {}  # by incarnation
+        self._by_worker: dict[str, Peer] = {}  # the latest incarnation of each worker
+        self._lost: set[str] = set()  # incarnations without a control stream that still guard quarantined slots
+        self._handoffs: dict[int, Handoff] = {}  # oldest first
+        self._of_sequence: dict[int, Handoff] = {}  # id(sequence) -> hand-off
+        self._copying: dict[int, tuple[Handoff, int, list[int]]] = {}  # lease id -> hand-off, chunk, blocks
+        self._next_id = 1
+        self._next_probe = 0.0
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    @property
+    def open_count(self) -> int:
+        """Hand-offs and copies that still use slots or blocks."""
+        return len(self._handoffs) + len(self._copying)
+
+    @property
+    def expecting(self) -> bool:
+        return bool(self._handoffs or self._copying or self._slots.quarantined)
+
+    @property
+    def reserved_blocks(self) -> int:
+        """Blocks that newcomers must leave to the oldest hand-off."""
+        oldest = self._oldest()
+        return max(0, oldest.remaining_blocks(self.blocks)) if oldest else 0
+
+    def connected_peers(self) -> list[str]:
+        return [peer.incarnation for peer in self._peers.values() if peer.connected]
+
+    def stuck(self, running: int) -> bool:
+        """Nothing runs, and the oldest hand-off waits for blocks that nobody is going to give back."""
+        oldest = self._oldest()
+        if oldest is None or running or self._copying:
+            return False
+        waits_for_blocks = oldest.outstanding == 0 or any(not landing.blocks for landing in oldest.landing.values())
+        return waits_for_blocks and self.blocks.available < oldest.remaining_blocks(self.blocks)
+
+    # ---- peers -------------------------------------------------------------------------------------------------
+
+    def peer_up(self, hello: Hello) -> None:
+        """A prefill worker said hello on a new control stream."""
+        wrong = mismatch(self.hello, hello)
+        if not wrong and not self._slots.total:
+            wrong = "this worker has no landing slots (kvtransfer.slots is 0)"
+        if wrong:
+            self._counters["peers_refused"] += 1
+            self._actions.append(PeerRefused(hello.incarnation, wrong))
+            return
+        peer = Peer(hello)
+        self._peers[hello.incarnation] = peer
+        self._by_worker[hello.worker_id] = peer
+        self._lost.discard(hello.incarnation)
+        self._actions.append(Connect(hello.incarnation, hello.endpoint))
+
+    def peer_lost(self, incarnation: str, epoch: int, now: float) -> None:
+        """Its control stream broke: its leases are over, its slots wait until it is quiet or certainly gone."""
+        peer = self._peers.get(incarnation)
+        if peer is None or peer.hello.epoch != epoch:
+            return
+        del self._peers[incarnation]
+        if self._by_worker.get(peer.hello.worker_id) is peer:
+            del self._by_worker[peer.hello.worker_id]
+        for handoff in [h for h in self._handoffs.values() if h.peer == incarnation]:
+            self._fail(handoff, f"lost {peer.hello.worker_id}", now)
+        self._lost.add(incarnation)
+
+    # ---- begin and end -----------------------------------------------------------------------------------------
+
+    def begin(self, submit: Submit, sequence: Sequence, cached: int, now: float) -> str:
+        """Asks the submitted prefill worker for all of the prompt but its last token, beyond `cached` tokens.
+
+        Returns why that cannot be done now, or empty when the hand-off is open.
+        """
+        peer = self._by_worker.get(submit.prefill_worker)
+        if peer is None or not peer.connected:
+            return f"not connected to {submit.prefill_worker}"
+        if not self._slots.total - self._slots.quarantined:
+            return "every landing slot is quarantined"
+        wanted = len(sequence.tokens) - 1
+        sequence.take_prefix(self.blocks, cached)
+        grid = chunks(cached, wanted, self.hello.kv.chunk_tokens)
+        handoff = Handoff(
+            handoff_id=self._next_id,
+            peer=peer.incarnation,
+            epoch=peer.hello.epoch,
+            sequence=sequence,
+            chunks=grid,
+            seeds=seeds(sequence.tokens[:wanted], submit.salt, cached, self.hello.kv),
+            began=now,
+            deadline=now + self.timeout_s,
+        )
+        self._next_id += 1
+        self._handoffs[handoff.handoff_id] = handoff
+        self._of_sequence[id(sequence)] = handoff
+        message = Begin(
+            handoff_id=handoff.handoff_id,
+            request_id=submit.request_id,
+            tokens=sequence.tokens[:wanted],
+            start=cached,
+            deadline_s=self.timeout_s,
+            salt=submit.salt,
+        )
+        self._say(handoff, message)
+        return ""
+
+    def cancel(self, sequence: Sequence, reason: str) -> None:
+        """The request is over: its hand-off is aborted. The caller drops the sequence's blocks."""
+        self._close(self._of_sequence[id(sequence)], reason)
+
+    def give_up_youngest(self, now: float) -> None:
+        """Short of blocks: the youngest hand-off's prompt is computed here instead, when there is room."""
+        youngest = next(reversed(self._handoffs.values()))
+        self._fail(youngest, "short of KV blocks", now)
+
+    def _fail(self, handoff: Handoff, reason: str, now: float, *, expired: bool = False) -> None:
+        self._close(handoff, reason, expired=expired)
+        self._end(handoff, reason, now)
+
+    def _close(self, handoff: Handoff, reason: str, *, expired: bool = False) -> None:
+        """Forgets an unfinished hand-off: its writer is told, its slots quarantined, its loose blocks freed."""
+        del self._handoffs[handoff.handoff_id]
+        del self._of_sequence[id(handoff.sequence)]
+        if handoff.peer in self._peers:
+            self._say(handoff, Abort(handoff.handoff_id, reason))
+        self.leases.abandon(handoff.handoff_id, expired=expired)
+        for chunk, landing in list(handoff.landing.items()):
+            if landing.blocks is None:  # landed, still in its slot: settled, so the slot is free at once
+                self.leases.copied_out(landing.done.lease_id, used=False)
+                del handoff.landing[chunk]
+        for blocks in handoff.ready.values():
+            self.blocks.release(blocks)
+        handoff.ready.clear()
+
+    def _end(self, handoff: Handoff, failure: str, now: float) -> None:
+        if failure:
+            self._counters["handoffs_failed"] += 1
+        remote = sum(chunk.tokens for chunk in handoff.chunks[: handoff.verified])
+        self._on_end(handoff.sequence, remote, handoff.size_bytes if remote else 0, failure, now)
+
+    # ---- events ------------------------------------------------------------------------------------------------
+
+    def from_peer(self, event: FromPeer, now: float) -> None:
+        message = event.message
+        if isinstance(message, Quiet):
+            self.leases.quiet(event.peer, message.handoff_id, message.epoch)
+            return
+        handoff = self._handoffs.get(getattr(message, "handoff_id", 0))
+        if handoff is None or handoff.peer != event.peer or handoff.epoch != event.epoch:
+            self.leases.late_messages += not isinstance(message, Done)  # usually the copy was quicker than Done
+        elif isinstance(message, ChunkDone):
+            self._chunk_done(handoff, message, now)
+        elif isinstance(message, Failed):
+            self._fail(handoff, message.reason, now)
+        elif isinstance(message, Done) and handoff.verified + len(handoff.landing) + len(handoff.ready) < len(
+            handoff.chunks
+        ):
+            # The stream is ordered: what was not announced before Done never will be.
+            self._fail(handoff, "a chunk was never announced", now)
+
+    def _chunk_done(self, handoff: Handoff, done: ChunkDone, now: float) -> None:
+        record = self.leases.landed(handoff.peer, done)
+        if record is None:
+            return
+        handoff.landing[done.chunk] = Landing(done, record.lease.slot)
+        if done.size_bytes != handoff.chunks[done.chunk].tokens * self.hello.kv.token_bytes:
+            self._counters["digest_refused"] += 1
+            self._fail(handoff, f"chunk {done.chunk} has {done.size_bytes} bytes", now)
+
+    def report(self, report: MoverReport, now: float) -> None:
+        if isinstance(report, Connected):
+            self._connected(report)
+        elif isinstance(report, Copied):
+            self._copied(report, now)
+        elif isinstance(report, Probed) and report.gone and report.peer in self._lost:
+            self._lost.discard(report.peer)
+            self._counters["slots_reclaimed"] += self.leases.gone(report.peer)
+            self._actions.append(Disconnect(report.peer))
+
+    def _connected(self, report: Connected) -> None:
+        peer = self._peers.get(report.peer)
+        if peer is None:
+            return
+        peer.connected = not report.error
+        if report.error:
+            self._counters["peers_refused"] += 1
+            self._actions.append(PeerRefused(report.peer, report.error))
+
+    def _copied(self, report: Copied, now: float) -> None:
+        handoff, chunk, blocks = self._copying.pop(report.lease_id)
+        open_still = handoff.handoff_id in self._handoffs
+        self.leases.copied_out(report.lease_id, used=report.verified and open_still)
+        if open_still and report.verified:
+            handoff.accept(self.blocks, chunk)
+            self._counters["chunks_verified"] += 1
+            if handoff.complete:
+                del self._handoffs[handoff.handoff_id]
+                del self._of_sequence[id(handoff.sequence)]
+                self._end(handoff, "", now)
+            return
+        self.blocks.refuse_landing(blocks)
+        if not report.verified:
+            self._counters["digest_refused"] += 1
+        if open_still:
+            del handoff.landing[chunk]
+            self._fail(handoff, f"chunk {chunk} failed its digest", now)
+
+    # ---- time and credits --------------------------------------------------------------------------------------
+
+    def tick(self, now: float, running: int) -> None:
+        while (oldest := self._oldest()) is not None and now >= oldest.deadline:
+            self._counters["handoffs_expired"] += 1
+            self._fail(oldest, f"not complete after {self.timeout_s:g} s", now, expired=True)
+        if self._handoffs:
+            self._take_blocks()
+            self._grant(running, now)
+        if self._lost and now >= self._next_probe:
+            self._next_probe = now + PROBE_PERIOD_S
+            guarding = set(self.leases.quarantined_peers())
+            for incarnation in list(self._lost):
+                if incarnation in guarding:
+                    self._actions.append(Probe(incarnation))
+                else:
+                    self._lost.discard(incarnation)
+                    self._actions.append(Disconnect(incarnation))
+
+    def _take_blocks(self) -> None:
+        """Gives landed chunks their blocks, the oldest hand-off first, and has them copied out."""
+        oldest = self._oldest()
+        assert oldest is not None
+        for handoff in self._handoffs.values():
+            for chunk, landing in sorted(handoff.landing.items()):
+                if landing.blocks is not None:
+                    continue
+                needed = handoff.chunk_blocks(self.blocks, chunk)
+                kept = 0 if handoff is oldest else oldest.remaining_blocks(self.blocks)
+                if needed + kept > self.blocks.available:
+                    break
+                landing.blocks = self.blocks.take_landing(needed)
+                assert landing.blocks is not None
+                self._copy_out(handoff, chunk, landing)
+
+    def _copy_out(self, handoff: Handoff, chunk: int, landing: Landing) -> None:
+        assert landing.blocks is not None
+        covered = handoff.chunks[chunk]
+        done = landing.done
+        self._copying[done.lease_id] = (handoff, chunk, landing.blocks)
+        self._actions.append(
+            CopyOut(
+                handoff_id=handoff.handoff_id,
+                lease_id=done.lease_id,
+                slot=landing.slot,
+                blocks=landing.blocks,
+                blocks_start=covered.first_token,
+                first_token=covered.first_token,
+                tokens=covered.tokens,
+                seed=handoff.seeds[chunk],
+                size_bytes=done.size_bytes,
+                digest=done.digest,
+            )
+        )
+
+    def _grant(self, running: int, now: float) -> None:
+        oldest = self._oldest()
+        assert oldest is not None
+        needs = oldest.remaining_blocks(self.blocks) + running
+        promised = 0  # blocks of younger hand-offs' chunks that were credited and are not being copied yet
+        for handoff in self._handoffs.values():
+            leases = []
+            if handoff is not oldest:
+                promised += self._promised(handoff)
+            while handoff.credited < len(handoff.chunks) and handoff.outstanding < CREDITS_PER_HANDOFF:
+                needed = handoff.chunk_blocks(self.blocks, handoff.credited)
+                extra = 0 if handoff is oldest else promised + needed
+                if needs + extra > self.blocks.available or self._slots.free <= (handoff is not oldest):
+                    break
+                remaining_s = max(0.0, handoff.deadline - now)
+                lease = self.leases.grant(
+                    handoff.handoff_id, handoff.peer, handoff.epoch, handoff.credited, remaining_s
+                )
+                assert lease is not None
+                handoff.credited += 1
+                promised += 0 if handoff is oldest else needed
+                leases.append(lease)
+            if leases:
+                self._say(handoff, Credit(handoff.handoff_id, leases))
+            if not self._slots.free:
+                break
+
+    def _promised(self, handoff: Handoff) -> int:
+        """Blocks that the hand-off's credited chunks will take and have not taken yet."""
+        taken = {chunk for chunk, landing in handoff.landing.items() if landing.blocks is not None}
+        pending = set(range(handoff.verified, handoff.credited)) - taken - handoff.ready.keys()
+        return sum(handoff.chunk_blocks(self.blocks, chunk) for chunk in pending)
+
+    # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _oldest(self) -> Handoff | None:
+        return next(iter(self._handoffs.values()), None)
+
+    def _say(self, handoff: Handoff, message: ControlMessage) -> None:
+        self._actions.append(ToPeer(handoff.peer, handoff.epoch, message))

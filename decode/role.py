@@ -1,0 +1,331 @@
+"""The decode role: every decision of a decode worker, pure. Events and `now` in, actions out.
+
+    arrived -> [parked until another request has computed the same prefix]
+            -> hand-off (fetch the KV from a prefill worker) or straight to the scheduler (prefill here)
+            -> the scheduler runs the rest of the prompt, the last token always here, then decodes -> ended
+
+The step loop of `worker.loop` feeds it and carries out its actions; the simulator and the tests do the same with
+virtual time. It never waits, never reads a clock, and costs nothing for what is idle.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from decode.landing import LandingZone
+from decode.states import REQUESTS, State
+from engine.api import (
+    Cancel,
+    EndReason,
+    Load,
+    RequestEnd,
+    RequestKey,
+    StepOutput,
+    Submit,
+    TokenEntry,
+    Trace,
+)
+from engine.ledger import BlockLedger, SlotLedger, counts
+from engine.plan import StepPlan, StepResult
+from engine.scheduler import Limits, Scheduler
+from engine.sequence import Sequence
+from kvtransfer.messages import Hello, MoverReport
+from worker.messages import FromPeer, PeerLost, PeerUp, SessionLost, ToEngine
+from worker.role import Action
+
+
+@dataclass(slots=True)
+class Request:
+    """One request and what is known of it for its trace."""
+
+    submit: Submit
+    sequence: Sequence
+    submitted: float
+    state: State = State.ARRIVED
+    trace: Trace = field(default_factory=Trace)
+    begun: float | None = None  # first scheduled, or hand-off begun
+    queued: float = 0.0  # given to the scheduler
+    first_token: float | None = None
+    awaited: bytes | None = None  # the block hash that later requests wait for
+
+
+class DecodeRole:
+    """State of one decode worker. `slots` empty (a colocated deployment) means: everything is prefilled here."""
+
+    def __init__(
+        self,
+        hello: Hello,
+        blocks: BlockLedger,
+        slots: SlotLedger,
+        limits: Limits,
+        *,
+        max_waiting: int = 512,
+        handoff_timeout_s: float = 30.0,
+    ) -> None:
+        self.blocks = blocks
+        self.slots = slots
+        self.scheduler = Scheduler(blocks, limits)
+        self.counters: Counter[str] = Counter()
+        self._actions: list[Action] = []
+        self._requests: dict[RequestKey, Request] = {}
+        self._by_session: dict[int, set[RequestKey]] = {}
+        self._parked: dict[bytes, list[Request]] = {}  # by the hash that they wait for; key present = owner at work
+        self._max_waiting = max_waiting
+        self.landing = LandingZone(
+            hello,
+            blocks,
+            slots,
+            handoff_timeout_s,
+            self.counters,
+            self._actions,
+            on_end=self._handoff_ended,
+        )
+
+    # ---- what the step loop asks -------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """True when a step might run now without any further event."""
+        return self.scheduler.has_work
+
+    @property
+    def expecting(self) -> bool:
+        """True while peers may write into this worker's slots."""
+        return self.landing.expecting
+
+    @property
+    def at_rest(self) -> bool:
+        return not self._requests and not self.landing.open_count
+
+    def drain(self) -> list[Action]:
+        """What is to be done since the last call, in order."""
+        actions = self._actions[:]
+        self._actions.clear()
+        return actions
+
+    def load(self) -> Load:
+        return Load(
+            step=self.scheduler.step,
+            waiting=self.scheduler.waiting + sum(map(len, self._parked.values())),
+            running=self.scheduler.running,
+            waiting_tokens=self.scheduler.waiting_tokens,
+            handoffs=self.landing.open_count,
+            ledger=counts(self.blocks, self.slots),
+            peers=self.landing.connected_peers(),
+            counters={
+                **self.counters,
+                "preemptions": self.scheduler.preemptions,
+                "evictions": self.blocks.evictions,
+                "late_messages": self.landing.leases.late_messages,
+            },
+        )
+
+    def check(self) -> None:
+        """The integrity check; raises LedgerError."""
+        self.blocks.check(at_rest=self.at_rest)
+        self.slots.check(at_rest=self.at_rest)
+
+    # ---- events ------------------------------------------------------------------------------------------------
+
+    def handle(self, event: ToEngine, now: float) -> None:
+        if isinstance(event, Submit):
+            self._submit(event, now)
+        elif isinstance(event, Cancel):
+            self._cancel(event.request, now)
+        elif isinstance(event, SessionLost):
+            for key in list(self._by_session.get(event.session, ())):
+                self._cancel(key, now)
+        elif isinstance(event, PeerUp):
+            self.landing.peer_up(event.hello)
+        elif isinstance(event, PeerLost):
+            self.landing.peer_lost(event.peer, event.epoch, now)
+        elif isinstance(event, FromPeer):
+            self.landing.from_peer(event, now)
+
+    def report(self, report: MoverReport, now: float) -> None:
+        self.landing.report(report, now)
+
+    def tick(self, now: float) -> None:
+        """Deadlines and credits; call it after the events of a turn, so that news beats time-outs."""
+        self.landing.tick(now, self.scheduler.running)
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> StepPlan | None:
+        self.scheduler.reserved = self.landing.reserved_blocks
+        plan = self.scheduler.schedule()
+        while plan is None and self._unstick(now):
+            self.scheduler.reserved = self.landing.reserved_blocks
+            plan = self.scheduler.schedule()
+        if plan is not None:
+            for sequence in self.scheduler.admitted:
+                self._admitted(self._requests[sequence.request], now)
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
+        tokens: list[TokenEntry] = []
+        ends: list[RequestEnd] = []
+        for progress in self.scheduler.commit(plan, result):
+            if progress.token is None:
+                continue
+            request = self._requests[progress.sequence.request]
+            if request.first_token is None:
+                self._first_token(request, now)
+            generated = progress.sequence.generated
+            tokens.append(TokenEntry(request.submit.request, generated - 1, [progress.token]))
+            if progress.end is not None:
+                ends.append(self._end(request, progress.end, "", now))
+        self._actions.append(StepOutput(plan.step, tokens, ends))
+
+    def _unstick(self, now: float) -> bool:
+        """Nothing could run although something waits: lets something give way. False when time must help."""
+        if self.scheduler.running or (self.scheduler.waiting and not self.landing.open_count):
+            return self.scheduler.give_way() is not None
+        if self.scheduler.waiting and self.landing.stuck(self.scheduler.running):
+            self.landing.give_up_youngest(now)
+            return True
+        return False
+
+    # ---- the life of a request ---------------------------------------------------------------------------------
+
+    def _submit(self, submit: Submit, now: float) -> None:
+        refusal = self._refusal(submit)
+        if refusal:
+            self.counters["refused"] += 1
+            self._actions.append(RequestEnd(submit.request, "refused", refusal))
+            return
+        sequence = Sequence(submit.request, submit.prompt, submit.sampling, submit.salt)
+        request = Request(submit, sequence, now)
+        self._requests[submit.request] = request
+        self._by_session.setdefault(submit.request.session, set()).add(submit.request)
+        self.counters["accepted"] += 1
+        self._place(request, now)
+
+    def _refusal(self, submit: Submit) -> str:
+        """Why the request cannot be taken, empty when it can."""
+        if submit.request in self._requests:
+            return f"request {submit.request_id!r} is running already"
+        tokens = len(submit.prompt) + submit.sampling.max_tokens
+        needed = self.blocks.blocks_for(tokens)
+        if needed > self.blocks.total:
+            return (
+                f"too long: {tokens} tokens (prompt and max_tokens) need {needed} KV blocks, "
+                f"this worker has {self.blocks.total}; raise decode.kv_cache_gib or lower max_tokens"
+            )
+        if len(self._requests) - self.scheduler.running >= self._max_waiting:
+            return f"no room: {self._max_waiting} requests wait already"
+        return ""
+
+    def _place(self, request: Request, now: float) -> None:
+        """Where the prompt is computed: after a twin that is at it, by a prefill worker, or here."""
+        sequence, submit = request.sequence, request.submit
+        wanted = len(sequence.tokens) - 1
+        cached = sequence.match_prefix(self.blocks, wanted)
+        full = cached // self.blocks.block_size
+        if full < len(sequence.hashes):
+            missing = sequence.hashes[full]
+            if missing in self._parked:
+                self._parked[missing].append(request)
+                if request.state is State.ARRIVED:
+                    request.state = REQUESTS.move(request.state, State.PARKED)
+                return
+            self._parked[missing] = []
+            request.awaited = missing
+        uncached = wanted - cached
+        if submit.prefill_worker:
+            if uncached < max(1, submit.local_below_tokens):
+                request.trace.fallback = f"only {uncached} tokens were not cached"
+            else:
+                why = self.landing.begin(request.submit, sequence, cached, now)
+                if not why:
+                    request.state = REQUESTS.move(request.state, State.HANDOFF)
+                    request.begun = now
+                    request.trace.cached_tokens = cached
+                    request.trace.prefill_worker = submit.prefill_worker
+                    self.counters["remote"] += 1
+                    return
+                request.trace.fallback = why
+                self.counters["fallbacks"] += 1
+        self.counters["local"] += 1
+        self._queue(request, now)
+
+    def _queue(self, request: Request, now: float) -> None:
+        request.state = REQUESTS.move(request.state, State.PREFILL)
+        request.queued = now
+        self.scheduler.add(request.sequence)
+
+    def _handoff_ended(self, sequence: Sequence, remote_tokens: int, size_bytes: int, failure: str, now: float) -> None:
+        """The landing zone is done with this sequence: what was verified is in its blocks, the rest is computed here."""
+        request = self._requests[sequence.request]
+        trace = request.trace
+        trace.handoff_s = now - (request.begun or now)
+        trace.remote_tokens = remote_tokens
+        trace.handoff_bytes = size_bytes
+        if failure:
+            trace.fallback = failure
+            self.counters["fallbacks"] += 1
+        self._queue(request, now)
+
+    def _admitted(self, request: Request, now: float) -> None:
+        if request.begun is None:
+            request.begun = now
+            request.trace.cached_tokens = request.sequence.computed
+        if request.trace.queue_s == 0.0:
+            request.trace.queue_s = request.begun - request.submitted
+
+    def _first_token(self, request: Request, now: float) -> None:
+        request.first_token = now
+        request.state = REQUESTS.move(request.state, State.DECODING)
+        trace = request.trace
+        trace.prefill_s = now - request.queued
+        trace.ttft_s = now - request.submitted
+        prompt = request.sequence.prompt_length
+        computed_here = prompt - trace.cached_tokens - trace.remote_tokens
+        if trace.remote_tokens:
+            trace.prefilled = "remote" if computed_here <= 1 else "mixed"
+        elif trace.cached_tokens and computed_here <= self.blocks.block_size:
+            trace.prefilled = "cached"
+        self.counters[f"prefilled_{trace.prefilled}"] += 1
+        self.counters["prompt_tokens"] += prompt
+        self.counters["cached_tokens"] += trace.cached_tokens
+        self.counters["remote_tokens"] += trace.remote_tokens
+        self.counters["handoff_bytes"] += trace.handoff_bytes
+        self._wake_parked(request, now)
+
+    def _cancel(self, key: RequestKey, now: float) -> None:
+        request = self._requests.get(key)
+        if request is None:
+            return  # it ended while the cancel was on its way
+        if request.state is State.PARKED:
+            for parked in self._parked.values():
+                if request in parked:
+                    parked.remove(request)
+        if request.state is State.HANDOFF:
+            self.landing.cancel(request.sequence, "cancelled")
+        self.scheduler.remove(request.sequence)
+        self.counters["cancelled"] += 1
+        self._actions.append(self._end(request, "cancelled", "", now))
+
+    def _end(self, request: Request, reason: EndReason, detail: str, now: float) -> RequestEnd:
+        request.state = REQUESTS.move(request.state, State.ENDED)
+        if request.first_token is not None:
+            request.trace.decode_s = now - request.first_token
+        key = request.submit.request
+        del self._requests[key]
+        session = self._by_session[key.session]
+        session.discard(key)
+        if not session:
+            del self._by_session[key.session]
+        self.counters["generated_tokens"] += request.sequence.generated
+        self._wake_parked(request, now)
+        return RequestEnd(key, reason, detail, request.trace)
+
+    def _wake_parked(self, request: Request, now: float) -> None:
+        """The request's prefix is there, or will not come from it: whoever waited for it is placed anew."""
+        if request.awaited is None:
+            return
+        woken = self._parked.pop(request.awaited)
+        request.awaited = None
+        for parked in woken:
+            self._place(parked, now)

@@ -1,0 +1,5 @@
+"""One model replica.
+
+Bookkeeping (no torch, no I/O, no clocks): `api`, `sequence`, `prefix`, `ledger`, `scheduler`.
+Tensors: `model_config`, `weights`, `model`, `kv_cache`, `attention`, `sampler`, `runner`.
+"""

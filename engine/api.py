@@ -1,0 +1,121 @@
+"""What an engine is told and what it answers: the plain messages of one replica.
+
+They are msgspec structs, so the very same objects are the pure core's events and the MessagePack that crosses the
+shared-memory ring between a worker's shell and its rank processes. No torch, no I/O here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+EndReason = Literal["stop", "length", "cancelled", "refused", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to draw tokens; resolved by the router, nothing optional is left.
+
+    Noise is a pure function of (seed, choice, position, vocabulary id), so a resumed, migrated or re-batched request
+    draws the same tokens.
+    """
+
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    seed: int = 0
+    choice: int = 0
+    max_tokens: int = 16
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class RequestKey(msgspec.Struct, frozen=True, array_like=True):
+    """Names a request inside one worker: the router session it came by, the session's own key, and the attempt."""
+
+    session: int
+    key: int
+    attempt: int = 0
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Run this prompt. `prefill_worker` empty means: prefill locally."""
+
+    request: RequestKey
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    prefill_worker: str = ""
+    local_below_tokens: int = 0
+    salt: str = ""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    request: RequestKey
+
+
+class Trace(msgspec.Struct, kw_only=True):
+    """Where the prompt was prefilled and how long each phase took (seconds); see `Trace` in inference.proto."""
+
+    prefilled: Literal["local", "remote", "mixed", "cached"] = "local"
+    prefill_worker: str = ""
+    cached_tokens: int = 0
+    remote_tokens: int = 0
+    handoff_bytes: int = 0
+    queue_s: float = 0.0
+    handoff_s: float = 0.0
+    prefill_s: float = 0.0
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    fallback: str = ""
+
+
+class TokenEntry(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request; `first_index` is the position of the first within the answer."""
+
+    request: RequestKey
+    first_index: int
+    ids: list[int]
+
+
+class RequestEnd(msgspec.Struct, frozen=True, tag=True):
+    """The one terminal event of an accepted request; `refused` is the typed answer of one that was not."""
+
+    request: RequestKey
+    reason: EndReason
+    detail: str = ""
+    trace: Trace | None = None
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag=True):
+    """All that one engine step has to say, for all requests together."""
+
+    step: int
+    tokens: list[TokenEntry] = []
+    ends: list[RequestEnd] = []
+
+
+class LedgerCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Where every block and landing slot is now; free + cached + held + landing = total, likewise for slots."""
+
+    blocks_free: int
+    blocks_cached: int
+    blocks_held: int
+    blocks_landing: int
+    blocks_total: int
+    slots_free: int = 0
+    slots_leased: int = 0
+    slots_quarantined: int = 0
+    slots_total: int = 0
+
+
+class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A worker's state for the router's view and for `baton status`; sent when it changed, at most every 50 ms."""
+
+    step: int
+    waiting: int
+    running: int
+    waiting_tokens: int
+    handoffs: int
+    ledger: LedgerCounts
+    peers: list[str] = []
+    counters: dict[str, int] = {}

@@ -1,0 +1,79 @@
+"""The contract between the scheduler and the runner: what one step computes, and what came of it.
+
+The scheduler writes a `StepPlan`, the runner turns it into tensors and gives back a `StepResult`. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.api import SamplingParams
+
+
+class BlockTable:
+    """The ids of a sequence's KV blocks, in order: a growing int32 array, so that the runner never converts lists."""
+
+    __slots__ = ("_ids", "_length")
+
+    def __init__(self) -> None:
+        self._ids: npt.NDArray[np.int32] = np.empty(16, dtype=np.int32)
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def ids(self) -> npt.NDArray[np.int32]:
+        """A view of the block ids, shape [blocks]."""
+        return self._ids[: self._length]
+
+    def extend(self, blocks: list[int]) -> None:
+        end = self._length + len(blocks)
+        if end > len(self._ids):
+            grown = np.empty(max(end, 2 * len(self._ids)), dtype=np.int32)
+            grown[: self._length] = self.ids
+            self._ids = grown
+        self._ids[self._length : end] = blocks
+        self._length = end
+
+    def clear(self) -> list[int]:
+        """Empties the table and returns what it held."""
+        blocks: list[int] = self.ids.tolist()
+        self._length = 0
+        return blocks
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's part of a step: compute `tokens` at positions start .. start+len(tokens)-1.
+
+    Their KV goes into the blocks of `block_table`, where the KV of positions 0 .. start-1 already is. With `sampling`
+    set, one token is drawn from the logits after the last of them; its position is start+len(tokens).
+    """
+
+    start: int
+    tokens: list[int]
+    block_table: BlockTable
+    sampling: SamplingParams | None
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step; usually rows of a single token (decodes) come first, but nothing may rely on it."""
+
+    step: int
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def token_count(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """`sampled[i]` is the token drawn for `rows[i]`, or -1 where the row samples nothing."""
+
+    sampled: list[int]

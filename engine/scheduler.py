@@ -1,0 +1,259 @@
+"""Which sequences compute how many tokens in the next step. Pure: no clock, no I/O, no torch.
+
+Running decodes come first and never wait for a whole prompt; then prompts in progress; then those that wait with
+blocks of their own (a hand-off landed in them); then newcomers, in order: all under one budget of tokens. A decode
+that finds no block preempts the youngest sequence, which recomputes later (its published blocks are usually still
+cached). A prompt that finds none waits; when nothing at all could run, the caller lets the youngest give way. Cost per
+step is that of the sequences that run in it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from engine.api import EndReason, RequestKey
+from engine.ledger import BlockLedger
+from engine.plan import Row, StepPlan, StepResult
+from engine.sequence import Phase, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """max_batch_tokens: tokens of one step; max_running: sequences that hold blocks at once."""
+
+    max_batch_tokens: int = 512
+    max_running: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens < 1 or self.max_running < 1:
+            raise ValueError(f"limits must be positive: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one step did to one sequence."""
+
+    sequence: Sequence
+    token: int | None  # drawn in this step
+    end: EndReason | None
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill over one ledger.
+
+    `reserved` blocks are kept from newcomers: the role sets it to what the oldest open hand-off still needs.
+    """
+
+    def __init__(self, ledger: BlockLedger, limits: Limits) -> None:
+        self.ledger = ledger
+        self.limits = limits
+        # A decode is one token: more running sequences than budget would make some of them starve.
+        self._max_running = min(limits.max_running, limits.max_batch_tokens)
+        self.reserved = 0
+        self._landed: deque[Sequence] = deque()  # wait with blocks of their own: first, or they could starve the rest
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[RequestKey, Sequence] = {}  # in order of admission
+        self._waiting_tokens = 0
+        self._planned: list[Sequence] = []
+        self.admitted: list[Sequence] = []  # by the latest `schedule`
+        self._step = 0
+        self.preemptions = 0
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + len(self._landed)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of waiting sequences that have no KV yet."""
+        return self._waiting_tokens
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting or self._landed)
+
+    def youngest(self) -> Sequence | None:
+        return next(reversed(self._running.values()), None)
+
+    # ---- events ------------------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence. It may hold blocks already (a hand-off landed in them)."""
+        assert sequence.phase is Phase.WAITING and sequence.remaining > 0
+        (self._landed if len(sequence.block_table) else self._waiting).append(sequence)
+        self._waiting_tokens += sequence.remaining
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out and lets go of its blocks: finished, cancelled or given up."""
+        if sequence.phase is Phase.RUNNING:
+            del self._running[sequence.request]
+        elif sequence.phase is Phase.WAITING:
+            for queue in (self._landed, self._waiting):
+                if sequence in queue:
+                    queue.remove(sequence)
+                    self._waiting_tokens -= sequence.remaining
+        sequence.phase = Phase.FINISHED
+        sequence.drop_blocks(self.ledger)
+
+    def detach(self, sequence: Sequence) -> None:
+        """Takes a running sequence out but leaves it its blocks; whoever detached it releases them."""
+        del self._running[sequence.request]
+        sequence.phase = Phase.FINISHED
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when nothing can run now. Follow each plan with one `commit`."""
+        assert not self._planned, "the previous step was not committed"
+        self._step += 1
+        self.admitted = []
+        plan = StepPlan(self._step)
+        budget = self._plan_decodes(plan, self.limits.max_batch_tokens)
+        budget = self._plan_prompts(plan, budget)
+        self._admit(plan, budget)
+        if not plan.rows:
+            self._step -= 1
+            return None
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Progress]:
+        """Books what the step computed and returns it, in the plan's order. Ended sequences are removed."""
+        progress = []
+        for sequence, row, token in zip(self._planned, plan.rows, result.sampled, strict=True):
+            if sequence.phase is not Phase.RUNNING:  # cancelled while the step ran
+                continue
+            sequence.advance(self.ledger, len(row.tokens))
+            end = None
+            if row.sampling is not None:
+                end = sequence.append(token)
+            progress.append(Progress(sequence, token if row.sampling is not None else None, end))
+            if end is not None:
+                self.remove(sequence)
+        self._planned = []
+        return progress
+
+    def give_way(self) -> Sequence | None:
+        """For callers that found that nothing could run: the youngest sequence that holds blocks loses them."""
+        youngest = self.youngest()
+        if youngest is not None:
+            self._preempt(youngest)
+        elif self._landed:
+            youngest = self._landed.pop()
+            self._waiting_tokens -= youngest.remaining
+            self._send_back(youngest)
+        return youngest
+
+    # ---- the three passes --------------------------------------------------------------------------------------
+
+    def _plan_decodes(self, plan: StepPlan, budget: int) -> int:
+        for sequence in list(self._running.values()):
+            if sequence.phase is not Phase.RUNNING or not _decodes(sequence):
+                continue  # preempted in this very loop, or a prompt in progress
+            while not self._grow(sequence, 1):
+                victim = self.youngest()
+                assert victim is not None  # `sequence` itself is running
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            if sequence.phase is Phase.RUNNING:
+                self._plan(plan, sequence, 1)
+                budget -= 1
+        return budget
+
+    def _plan_prompts(self, plan: StepPlan, budget: int) -> int:
+        if budget <= 0 or len(plan.rows) == len(self._running):
+            return budget
+        for sequence in self._running.values():
+            if budget <= 0:
+                break
+            if _decodes(sequence):
+                continue
+            tokens = self._affordable(sequence, min(sequence.remaining, budget))
+            if tokens and self._grow(sequence, tokens):
+                self._plan(plan, sequence, tokens)
+                budget -= tokens
+        return budget
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        for queue, reserved in ((self._landed, 0), (self._waiting, self.reserved)):
+            while budget > 0 and queue and len(self._running) < self._max_running:
+                sequence = queue[0]
+                cached = self._fits(sequence, reserved)
+                if cached is None:
+                    break
+                queue.popleft()
+                self._waiting_tokens -= sequence.remaining
+                if cached:
+                    sequence.take_prefix(self.ledger, cached)
+                sequence.phase = Phase.RUNNING
+                self._running[sequence.request] = sequence
+                self.admitted.append(sequence)
+                tokens = min(sequence.remaining, budget)
+                if not self._grow(sequence, tokens):
+                    raise AssertionError("admission counted the blocks")
+                self._plan(plan, sequence, tokens)
+                budget -= tokens
+
+    def _fits(self, sequence: Sequence, reserved: int) -> int | None:
+        """The cached tokens to begin with when all of the sequence's tokens fit beside `reserved` blocks, else None."""
+        needed = self.ledger.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
+        if len(sequence.block_table):
+            return 0 if needed <= self.ledger.available - reserved else None
+        # At least one token is computed anew: its logits are what the next one is drawn from.
+        cached = sequence.match_prefix(self.ledger, len(sequence.tokens) - 1)
+        hashes = sequence.hashes[: cached // self.ledger.block_size]
+        # Cached blocks that nobody holds count as available until they are taken: do not spend them twice.
+        spare = self.ledger.available - self.ledger.idle_among(hashes)
+        return cached if needed - len(hashes) <= spare - reserved else None
+
+    # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _plan(self, plan: StepPlan, sequence: Sequence, tokens: int) -> None:
+        start = sequence.computed
+        samples = sequence.sampling if tokens == sequence.remaining else None
+        plan.rows.append(Row(start, sequence.tokens[start : start + tokens], sequence.block_table, samples))
+        self._planned.append(sequence)
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Gives the sequence the blocks for `tokens` more tokens; False (and nothing taken) when there are too few."""
+        needed = self.ledger.blocks_for(sequence.computed + tokens) - len(sequence.block_table)
+        if needed <= 0:
+            return True
+        blocks = self.ledger.take(needed)
+        if blocks is None:
+            return False
+        sequence.block_table.extend(blocks)
+        return True
+
+    def _affordable(self, sequence: Sequence, tokens: int) -> int:
+        """How many of `tokens` more tokens fit into the sequence's own and the available blocks."""
+        capacity = (len(sequence.block_table) + self.ledger.available) * self.ledger.block_size
+        return max(0, min(tokens, capacity - sequence.computed))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self._running[sequence.request]
+        sequence.phase = Phase.WAITING
+        self._send_back(sequence)
+
+    def _send_back(self, sequence: Sequence) -> None:
+        sequence.preemptions += 1
+        self.preemptions += 1
+        sequence.drop_blocks(self.ledger)
+        self._waiting.appendleft(sequence)
+        self._waiting_tokens += sequence.remaining
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """One token to go, and one to be drawn. A sequence that draws none must never preempt another for a block."""
+    return sequence.remaining == 1 and sequence.sampling is not None

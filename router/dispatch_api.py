@@ -1,0 +1,77 @@
+"""What the doors see of the dispatcher: a prompt goes in, tokens come out. Implemented by `router.dispatch`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from engine.api import SamplingParams, Trace
+
+
+class RefusalKind(Enum):
+    """Why a request was not accepted or could not be finished, in gRPC's and HTTP's words."""
+
+    INVALID = ("INVALID_ARGUMENT", 400)
+    NOT_FOUND = ("NOT_FOUND", 404)
+    NO_ROOM = ("RESOURCE_EXHAUSTED", 429)
+    UNAVAILABLE = ("UNAVAILABLE", 503)
+    INTERNAL = ("INTERNAL", 500)
+
+    @property
+    def grpc_code(self) -> str:
+        return self.value[0]
+
+    @property
+    def http_status(self) -> int:
+        return self.value[1]
+
+
+class Refused(Exception):
+    """A typed answer with a reason. `param` names the offending field of the request where there is one."""
+
+    def __init__(self, kind: RefusalKind, message: str, *, param: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request after validation and tokenization."""
+
+    request_id: str
+    tokens: list[int]
+    sampling: SamplingParams
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    first_index: int
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The one terminal event. reason: "stop" or "length"; everything else is raised as Refused."""
+
+    reason: str
+    trace: Trace = field(default_factory=Trace)
+    decode_worker: str = ""
+    decision: str = ""
+
+
+class Dispatcher(Protocol):
+    def generate(self, prompt: Prompt) -> AsyncGenerator[NewTokens | Ended, None]:
+        """Yields NewTokens as they come and one Ended last. Raises Refused, before or in the middle.
+
+        Closing the generator early (`aclose`, cancellation) cancels the request everywhere.
+        """
+
+    @property
+    def ready(self) -> bool:
+        """True when a request would be answered now."""

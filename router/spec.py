@@ -1,0 +1,30 @@
+"""Everything that a router process is told when it is started (JSON between processes).
+
+Started as `python -m router`, the spec as one line of JSON on standard input; prints one line of JSON
+(`RouterStarted`) on standard output when both doors listen, and ends when its standard input closes or on SIGTERM.
+Who is in the cluster it learns from `Membership.SetMembers` on its gRPC port (token required).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    router_id: str = "router-0"
+    token: str
+    http: str = "127.0.0.1:8000"
+    grpc: str = "127.0.0.1:8001"
+    model_path: str
+    served_name: str
+    max_model_len: int
+    policy: str = "threshold"
+    local_below_tokens: int = 256
+    max_prefill_waiting: int = 8  # remote only while fewer hand-offs wait at the prefill worker
+    max_active: int = 1024  # requests in this router; beyond that RESOURCE_EXHAUSTED
+
+
+class RouterStarted(msgspec.Struct, frozen=True, kw_only=True):
+    http: str
+    grpc: str
+    pid: int

@@ -1,0 +1,55 @@
+"""What the step loop expects of a role. Both roles share the loop and differ in what feeds and drains it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from engine.api import Load, RequestEnd, StepOutput
+from engine.plan import StepPlan, StepResult
+from kvtransfer.messages import Connect, CopyOut, Disconnect, MoverReport, Probe, SendChunk
+from worker.messages import PeerRefused, ToEngine, ToPeer
+
+# What a role wants done: said to the shell, or given to the mover of its process.
+Said = StepOutput | RequestEnd | ToPeer | PeerRefused
+Job = Connect | Disconnect | SendChunk | CopyOut | Probe
+Action = Said | Job
+
+
+class Role(Protocol):
+    """A pure state machine: events and `now` in, actions out. See `decode.role` and `prefill.role`."""
+
+    @property
+    def has_work(self) -> bool:
+        """A step might run now without any further event."""
+
+    @property
+    def expecting(self) -> bool:
+        """Peers may be writing into this process's slots: the mover must poll."""
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing is accepted and unfinished: the ledger must be all free or cached."""
+
+    def handle(self, event: ToEngine, now: float) -> None:
+        """Something from the shell."""
+
+    def report(self, report: MoverReport, now: float) -> None:
+        """Something from the mover."""
+
+    def tick(self, now: float) -> None:
+        """Deadlines; called after the events of a turn, so that news beats time-outs."""
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step; each is followed by one `commit`."""
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
+        """The step was computed."""
+
+    def drain(self) -> list[Action]:
+        """What is to be done since the last call, in order."""
+
+    def load(self) -> Load:
+        """A snapshot for routers and operators."""
+
+    def check(self) -> None:
+        """Raises LedgerError when the books do not add up."""

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
@@ -96,7 +96,7 @@ class InferenceDoor(inference_pb2_grpc.InferenceServicer):
         return self._status()
 
 
-class HealthDoor(health_pb2_grpc.HealthServicer):
+class HealthDoor(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """grpc.health.v1 with one truth for all services: SERVING exactly while a request would be answered now."""
 
     def __init__(self, ready: Callable[[], bool], services: Sequence[str]) -> None:
@@ -109,11 +109,6 @@ class HealthDoor(health_pb2_grpc.HealthServicer):
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
         return self._now(request.service)
-
-    async def List(
-        self, request: health_pb2.HealthListRequest, context: Context
-    ) -> health_pb2.HealthListResponse:
-        return health_pb2.HealthListResponse(statuses={name: self._now(name) for name in self._services})
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         last: health_pb2.HealthCheckResponse | None = None

@@ -1,0 +1,171 @@
+"""What /v1/completions and /v1/chat/completions answer, as bytes; used by `router.http_door`.
+
+A streamed token costs a few string joins: everything about a chunk but its text and ids is encoded once per answer.
+Besides OpenAI's fields an answer carries a `baton` object (the trace: where the prompt was prefilled and how long each
+phase took) and, when asked with `return_token_ids`, the `token_ids` of each choice or delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from router.dispatch_api import RefusalKind, Refused
+from router.generation import ContextLengthExceeded, TextDelta, TextEnd
+
+DONE = b"data: [DONE]\n\n"
+
+_encode = msgspec.json.Encoder().encode
+_ERROR_TYPES = {
+    RefusalKind.INVALID: ("invalid_request_error", None),
+    RefusalKind.NOT_FOUND: ("invalid_request_error", "model_not_found"),
+    RefusalKind.NO_ROOM: ("rate_limit_error", "rate_limit_exceeded"),
+    RefusalKind.UNAVAILABLE: ("service_unavailable_error", "unavailable"),
+    RefusalKind.INTERNAL: ("server_error", "internal_error"),
+}
+
+
+@dataclass(slots=True)
+class Choice:
+    """One prompt's answer while it is collected."""
+
+    parts: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    end: TextEnd | None = None
+
+    def add(self, event: TextDelta | TextEnd) -> None:
+        self.parts.append(event.text)
+        if isinstance(event, TextDelta):
+            self.ids.extend(event.ids)
+        else:
+            self.end = event
+
+
+class Answers:
+    """Encodes the answers of one call. `chat`: as chat.completion, otherwise as text_completion."""
+
+    def __init__(
+        self, *, chat: bool, request_id: str, model: str, created: int, with_ids: bool, with_usage: bool
+    ) -> None:
+        self._chat = chat
+        self._with_ids = with_ids
+        self._usage_in_chunks = b',"usage":null' if with_usage else b""
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
+            "object": "",
+            "created": created,
+            "model": model,
+        }
+        chunk_head = _encode({**self._head, "object": "chat.completion.chunk" if chat else "text_completion"})
+        self._chunk_head = b"data: " + chunk_head[:-1]
+
+    def role(self, index: int) -> bytes:
+        """What comes before the first token of a streamed chat answer; nothing otherwise."""
+        if not self._chat:
+            return b""
+        return self._chunk(index, b'"delta":{"role":"assistant","content":""},"logprobs":null', b"null")
+
+    def delta(self, index: int, delta: TextDelta) -> bytes:
+        """One event of the stream. Empty when there is nothing to tell yet."""
+        if not delta.text and not self._with_ids:
+            return b""
+        ids = b',"token_ids":' + _encode(delta.ids) if self._with_ids else b""
+        return self._chunk(index, self._text(delta.text) + ids, b"null")
+
+    def end(self, index: int, end: TextEnd) -> bytes:
+        """The event that ends a choice, with its reason and its trace."""
+        ids = b',"token_ids":[]' if self._with_ids else b""
+        more = b',"baton":' + _encode(baton(end))
+        if not self._chat or end.text:
+            content = self._text(end.text)
+        else:
+            content = b'"delta":{},"logprobs":null'
+        return self._chunk(index, content + ids, _encode(end.reason), more)
+
+    def usage(self, ends: Sequence[TextEnd]) -> bytes:
+        """The last event when usage was asked for: no choices."""
+        return self._chunk_head + b',"choices":[],"usage":' + _encode(usage(ends)) + b"}\n\n"
+
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        """The answer to a call that does not stream. With several prompts, each choice has its own `baton`."""
+        ends = [choice.end for choice in choices if choice.end is not None]
+        body: dict[str, Any] = {
+            **self._head,
+            "object": "chat.completion" if self._chat else "text_completion",
+        }
+        body["choices"] = [self._choice(index, choice, ends[index]) for index, choice in enumerate(choices)]
+        body["usage"] = usage(ends)
+        if len(ends) == 1:
+            body["baton"] = baton(ends[0])
+        else:
+            for choice, end in zip(body["choices"], ends, strict=True):
+                choice["baton"] = baton(end)
+        return _encode(body)
+
+    def _choice(self, index: int, choice: Choice, end: TextEnd) -> dict[str, Any]:
+        text = "".join(choice.parts)
+        told: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": end.reason}
+        if self._chat:
+            told["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            told["text"] = text
+        if self._with_ids:
+            told["token_ids"] = choice.ids
+        return told
+
+    def _text(self, text: str) -> bytes:
+        if self._chat:
+            return b'"delta":{"content":' + _encode(text) + b'},"logprobs":null'
+        return b'"text":' + _encode(text) + b',"logprobs":null'
+
+    def _chunk(self, index: int, content: bytes, reason: bytes, more: bytes = b"") -> bytes:
+        return b'%b,"choices":[{"index":%d,%b,"finish_reason":%b}]%b%b}\n\n' % (
+            self._chunk_head,
+            index,
+            content,
+            reason,
+            self._usage_in_chunks,
+            more,
+        )
+
+
+def baton(end: TextEnd) -> dict[str, Any]:
+    """The trace as JSON, field for field `Trace` in inference.proto.
+
+    A request that a stop string ended has been cancelled before its worker told: then only its id is known.
+    """
+    if end.trace is None:
+        return {"request_id": end.request_id}
+    return {
+        "request_id": end.request_id,
+        "decode_worker": end.decode_worker,
+        "decision": end.decision,
+        **msgspec.structs.asdict(end.trace),
+    }
+
+
+def usage(ends: Sequence[TextEnd]) -> dict[str, Any]:
+    prompt = sum(end.prompt_tokens for end in ends)
+    completion = sum(end.completion_tokens for end in ends)
+    cached = sum(end.trace.cached_tokens for end in ends if end.trace is not None)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def error_body(refused: Refused) -> bytes:
+    """OpenAI's shape of an error."""
+    kind, code = _ERROR_TYPES[refused.kind]
+    if isinstance(refused, ContextLengthExceeded):
+        code = "context_length_exceeded"
+    return error_json(refused.message, kind, refused.param or None, code)
+
+
+def error_json(message: str, kind: str, param: str | None, code: str | None) -> bytes:
+    return _encode({"error": {"message": message, "type": kind, "param": param, "code": code}})

@@ -33,6 +33,8 @@ _SHORT_CONTEXT, _SHORT_TILE, _LONG_TILE = (
     256,
 )  # measured: small tiles skip more of a short causal triangle
 
+GATHER_BYTES = 4 << 20  # of one decode group's keys and values on a CPU: more does not stay in its caches
+
 IntArray = npt.NDArray[np.int32]
 
 
@@ -76,10 +78,12 @@ class AttentionPlan:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        gather_tokens: int = 1 << 40,
     ) -> AttentionPlan:
         """Plans rows of `counts` tokens from position `starts` on, whose block ids are `tables`.
 
-        The first `decodes` rows have one token each and come in ascending order of `starts`.
+        The first `decodes` rows have one token each and come in ascending order of `starts`; they are cut into groups
+        of at most `gather_tokens` padded context tokens (or one row).
         """
         slots = np.empty(sum(counts), dtype=np.int64)
         for row in range(decodes):
@@ -96,19 +100,19 @@ class AttentionPlan:
         contexts = np.asarray(starts[:decodes], dtype=np.int64) + 1
         groups = [
             _decode_group(first, last, contexts[first:last], tables[first:last], block_size, dtype, device)
-            for first, last in _similar(contexts)
+            for first, last in _similar(contexts, gather_tokens)
         ]
         return cls(_tensor(slots, device), groups, spans)
 
 
-def _similar(contexts: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+def _similar(contexts: npt.NDArray[np.int64], gather_tokens: int) -> list[tuple[int, int]]:
     """Cuts ascending context lengths into ranges whose longest is at most twice the shortest, or short anyway."""
     ranges: list[tuple[int, int]] = []
     last = len(contexts)
     while last:
         longest = int(contexts[last - 1])
         floor = 0 if longest <= _ALIKE_TOKENS else -(-longest // 2)
-        first = int(np.searchsorted(contexts[:last], floor))
+        first = max(int(np.searchsorted(contexts[:last], floor)), last - max(1, gather_tokens // longest))
         ranges.append((first, last))
         last = first
     return ranges[::-1]
@@ -228,7 +232,7 @@ class PagedAttention:
         return rows[:, width - seen :]
 
     def _gather(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """The named blocks [2, n, block_size, kv_heads, dim] of one layer, in a buffer that the next call overwrites."""
+        """The named blocks [2, n, block_size, kv_heads, dim] of a layer, in a buffer that the next call overwrites."""
         shape = (2, len(blocks), *cache.shape[2:])
         size = math.prod(shape)
         buffer = self._gathered

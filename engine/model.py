@@ -77,8 +77,8 @@ class Decoder:
     ) -> torch.Tensor | None:
         """Computes the step's KV into the cache, and logits [wanted, vocab] after the tokens at indices `wanted`.
 
-        tokens, positions, wanted: int64 [tokens], [tokens], [wanted], the last ascending. With `wanted` None there are no logits, and what
-        lies behind the last layer's keys and values is not computed.
+        tokens, positions, wanted: int64 [tokens], [tokens], [wanted], the last ascending. With `wanted` None there are
+        no logits, and what lies behind the last layer's keys and values is not computed.
         """
         x = F.embedding(tokens, self._weights.embedding)
         cos, sin = self._rotary(positions, x.dtype)
@@ -91,9 +91,9 @@ class Decoder:
                 return None
             if index == final and wanted is not None and len(wanted) < len(x):
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
-            x = x + self._reduce(F.linear(attended, layer.output, layer.output_bias))
+            x = x + self._reduce(layer.output(attended))
             x = x + self._feed_forward(layer, x)
-        return F.linear(rms_norm(x, self._weights.norm, self.config.rms_eps), self._weights.head)
+        return self._weights.head(rms_norm(x, self._weights.norm, self.config.rms_eps))
 
     def _rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         angles = positions.unsqueeze(1).float() * self._frequencies
@@ -114,9 +114,7 @@ class Decoder:
         """Attention of one layer before the output projection, [tokens, q_heads * head_dim]; None if keys_only."""
         q_heads, kv_heads = self._weights.q_heads, self._weights.kv_heads
         normed = rms_norm(x, layer.input_norm, self.config.rms_eps)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(
-            len(x), q_heads + 2 * kv_heads, self.config.head_dim
-        )
+        qkv = layer.qkv(normed).view(len(x), q_heads + 2 * kv_heads, self.config.head_dim)
         rotated = rotate(qkv[:, : q_heads + kv_heads], cos, sin)
         q, k, v = rotated[:, :q_heads], rotated[:, q_heads:], qkv[:, q_heads + kv_heads :]
         self._cache.write(index, plan.slots, k, v)
@@ -126,5 +124,5 @@ class Decoder:
 
     def _feed_forward(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(x, layer.post_norm, self.config.rms_eps)
-        gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return self._reduce(F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias))
+        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+        return self._reduce(layer.down(F.silu(gate).mul_(up)))

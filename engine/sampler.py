@@ -16,9 +16,8 @@ from engine.api import SamplingParams
 
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_NUCLEUS = (
-    512  # top-p without top-k looks this far first; the whole vocabulary is sorted only for a flatter row
-)
+# How far top-p without top-k looks, in steps; the whole vocabulary is sorted only for a row that is flatter still.
+_NUCLEUS = (512, 8192)
 
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> torch.Tensor:
@@ -41,16 +40,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
         drawn[top_k] = _draw_cut(*_leading(scaled, width), keys, None, [params[row] for row in top_k])
     if top_p:
         scaled, keys = _prepare(logits, params, positions, top_p)
-        total = scaled.exp().sum(dim=-1)
-        values, ids = _leading(scaled, min(vocab, _NUCLEUS))
-        wide = (
-            values.exp().sum(dim=-1) < _column([params[row].top_p for row in top_p], values)[:, 0] * total
-        ).tolist()
-        for rows, full in ((_where(wide, False), False), (_where(wide, True), True)):
-            if rows:
-                chosen = [top_p[row] for row in rows]
-                leading = _leading(scaled[rows], vocab) if full else (values[rows], ids[rows])
-                drawn[chosen] = _draw_cut(*leading, keys[rows], total[rows], [params[row] for row in chosen])
+        drawn[top_p] = _draw_nucleus(scaled, keys, [params[row] for row in top_p])
     return drawn
 
 
@@ -88,6 +78,29 @@ def _leading(scaled: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tens
     return values, ids.gather(1, by_value)
 
 
+def _draw_nucleus(scaled: torch.Tensor, keys: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Draws with top-p alone. How far a row looks depends on that row only, or its company could change its sums."""
+    vocab = scaled.shape[1]
+    drawn = torch.empty(len(scaled), dtype=torch.int64, device=scaled.device)
+    total = scaled.exp().sum(dim=-1)
+    wanted = _column([p.top_p for p in params], scaled)[:, 0] * total
+    open_rows = list(range(len(scaled)))
+    for width in (*(width for width in _NUCLEUS if width < vocab), vocab):
+        values, ids = _leading(scaled[open_rows], width)
+        reached = values.exp().sum(dim=-1) >= wanted[open_rows]
+        flags = [True] * len(open_rows) if width == vocab else reached.tolist()
+        done = [place for place, flag in enumerate(flags) if flag]
+        if done:
+            rows = [open_rows[place] for place in done]
+            drawn[rows] = _draw_cut(
+                values[done], ids[done], keys[rows], total[rows], [params[row] for row in rows]
+            )
+        open_rows = [row for row, flag in zip(open_rows, flags, strict=True) if not flag]
+        if not open_rows:
+            break
+    return drawn
+
+
 def _draw_cut(
     values: torch.Tensor,
     ids: torch.Tensor,
@@ -111,10 +124,6 @@ def _draw_cut(
 
 def _column(numbers: list[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(numbers, dtype=like.dtype, device=like.device).unsqueeze(1)
-
-
-def _where(flags: list[bool], value: bool) -> list[int]:
-    return [index for index, flag in enumerate(flags) if flag is value]
 
 
 # --- counter-based noise (SplitMix64: Steele, Lea, Flood, OOPSLA 2014) ---------------------------------------------

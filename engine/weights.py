@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from engine.linear import Linear
 from engine.model_config import ModelConfig, UnsupportedModel, weight_files
 
 Progress = Callable[[int, int], None]
@@ -24,18 +25,14 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # a buffer that old checkpoints c
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One decoder layer. Matrices are [out, in], as torch's linear wants them."""
+    """One decoder layer; matrices are [out, in]."""
 
     input_norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: all queries, then keys, then values
-    qkv_bias: torch.Tensor | None
-    output: torch.Tensor  # [hidden, q_heads * head_dim]
-    output_bias: torch.Tensor | None
+    qkv: Linear  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: all queries, then keys, then values
+    output: Linear  # [hidden, q_heads * head_dim]
     post_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 * intermediate, hidden]: gate, then up
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor  # [hidden, intermediate]
-    down_bias: torch.Tensor | None
+    gate_up: Linear  # [2 * intermediate, hidden]: gate, then up
+    down: Linear  # [hidden, intermediate]
 
 
 @dataclass(slots=True)
@@ -47,7 +44,7 @@ class Weights:
     embedding: torch.Tensor  # [vocab, hidden]
     layers: list[LayerWeights]
     norm: torch.Tensor  # [hidden]
-    head: torch.Tensor  # [vocab, hidden]; the embedding itself when tied
+    head: Linear  # [vocab, hidden]; when tied, packed from the embedding
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,6 +80,11 @@ def load_weights(
     missing = sorted(places.keys() - filled)
     if missing:
         raise UnsupportedModel(f"{path}: tensors missing from the checkpoint: {missing}")
+    places.clear()  # or it would keep the plain matrices alive
+    for layer in weights.layers:
+        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            linear.pack()
+    weights.head.pack()
     if progress is not None:
         progress(total, total)
     return weights
@@ -110,26 +112,24 @@ def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    hidden, inner = config.hidden_size, config.intermediate_size
-    qkv_rows = (config.q_heads + 2 * config.kv_heads) * config.head_dim
+    def linear(rows: int, columns: int, bias: bool) -> Linear:
+        return Linear(empty(rows, columns), empty(rows) if bias else None)
+
+    hidden, inner, q_rows = config.hidden_size, config.intermediate_size, config.q_heads * config.head_dim
     layers = [
         LayerWeights(
             input_norm=empty(hidden),
-            qkv=empty(qkv_rows, hidden),
-            qkv_bias=empty(qkv_rows) if config.qkv_bias else None,
-            output=empty(hidden, config.q_heads * config.head_dim),
-            output_bias=empty(hidden) if config.output_bias else None,
+            qkv=linear(q_rows + 2 * config.kv_heads * config.head_dim, hidden, config.qkv_bias),
+            output=linear(hidden, q_rows, config.output_bias),
             post_norm=empty(hidden),
-            gate_up=empty(2 * inner, hidden),
-            gate_up_bias=empty(2 * inner) if config.mlp_bias else None,
-            down=empty(hidden, inner),
-            down_bias=empty(hidden) if config.mlp_bias else None,
+            gate_up=linear(2 * inner, hidden, config.mlp_bias),
+            down=linear(hidden, inner, config.mlp_bias),
         )
         for _ in range(config.layers)
     ]
     embedding = empty(config.vocab_size, hidden)
     head = embedding if config.tie_embeddings else empty(config.vocab_size, hidden)
-    return Weights(config.q_heads, config.kv_heads, embedding, layers, empty(hidden), head)
+    return Weights(config.q_heads, config.kv_heads, embedding, layers, empty(hidden), Linear(head))
 
 
 def _places(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
@@ -141,24 +141,21 @@ def _places(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
     )
     places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     if not config.tie_embeddings:
-        places["lm_head.weight"] = weights.head
+        places["lm_head.weight"] = weights.head.weight
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}."
         places[prefix + "input_layernorm.weight"] = layer.input_norm
         places[prefix + "post_attention_layernorm.weight"] = layer.post_norm
-        for kind, qkv, output, gate_up, down in (
-            ("weight", layer.qkv, layer.output, layer.gate_up, layer.down),
-            ("bias", layer.qkv_bias, layer.output_bias, layer.gate_up_bias, layer.down_bias),
+        for linear, names, cuts in (
+            (layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv)),
+            (layer.output, ("self_attn.o_proj",), (config.hidden_size,)),
+            (layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), (inner, inner)),
+            (layer.down, ("mlp.down_proj",), (config.hidden_size,)),
         ):
-            if qkv is not None:
-                places[f"{prefix}self_attn.q_proj.{kind}"] = qkv[:q]
-                places[f"{prefix}self_attn.k_proj.{kind}"] = qkv[q : q + kv]
-                places[f"{prefix}self_attn.v_proj.{kind}"] = qkv[q + kv :]
-            if output is not None:
-                places[f"{prefix}self_attn.o_proj.{kind}"] = output
-            if gate_up is not None:
-                places[f"{prefix}mlp.gate_proj.{kind}"] = gate_up[:inner]
-                places[f"{prefix}mlp.up_proj.{kind}"] = gate_up[inner:]
-            if down is not None:
-                places[f"{prefix}mlp.down_proj.{kind}"] = down
+            for kind, fused in (("weight", linear.weight), ("bias", linear.bias)):
+                if fused is not None:
+                    parts = torch.split(fused, cuts)
+                    places |= {
+                        f"{prefix}{name}.{kind}": part for name, part in zip(names, parts, strict=True)
+                    }
     return places

@@ -34,7 +34,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-SHAPES = {
+SHAPES: dict[str, dict[str, object]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 8},
     "wide heads": {"head_dim": 24},
@@ -72,7 +72,8 @@ def reference(model: LlamaForCausalLM, prompt: list[int], count: int) -> list[in
         eos_token_id=None,
         pad_token_id=0,
     )
-    return out[0, len(prompt) :].tolist()
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
 
 
 class Sequence:

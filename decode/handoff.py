@@ -25,7 +25,7 @@ class Landing:
 
 @dataclass(slots=True)
 class Handoff:
-    """An open hand-off. `chunks[i]` covers tokens first .. first+tokens-1; seeds[i] commits its digest to its prefix."""
+    """An open hand-off. `seeds[i]` commits the digest of `chunks[i]` to the whole prefix before its end."""
 
     handoff_id: int
     peer: str

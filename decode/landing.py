@@ -86,7 +86,9 @@ class LandingZone:
         self._on_end = on_end
         self._peers: dict[str, Peer] = {}  # by incarnation
         self._by_worker: dict[str, Peer] = {}  # the latest incarnation of each worker
-        self._lost: set[str] = set()  # incarnations without a control stream that still guard quarantined slots
+        self._lost: set[str] = (
+            set()
+        )  # incarnations without a control stream that still guard quarantined slots
         self._handoffs: dict[int, Handoff] = {}  # oldest first
         self._of_sequence: dict[int, Handoff] = {}  # id(sequence) -> hand-off
         self._copying: dict[int, tuple[Handoff, int, list[int]]] = {}  # lease id -> hand-off, chunk, blocks
@@ -118,7 +120,9 @@ class LandingZone:
         oldest = self._oldest()
         if oldest is None or running or self._copying:
             return False
-        waits_for_blocks = oldest.outstanding == 0 or any(not landing.blocks for landing in oldest.landing.values())
+        waits_for_blocks = oldest.outstanding == 0 or any(
+            not landing.blocks for landing in oldest.landing.values()
+        )
         return waits_for_blocks and self.blocks.available < oldest.remaining_blocks(self.blocks)
 
     # ---- peers -------------------------------------------------------------------------------------------------
@@ -164,14 +168,22 @@ class LandingZone:
             return "every landing slot is quarantined"
         wanted = len(sequence.tokens) - 1
         sequence.take_prefix(self.blocks, cached)
-        grid = chunks(cached, wanted, self.hello.kv.chunk_tokens)
+        kv = self.hello.kv
+        grid = chunks(cached, wanted, kv.chunk_tokens)
         handoff = Handoff(
             handoff_id=self._next_id,
             peer=peer.incarnation,
             epoch=peer.hello.epoch,
             sequence=sequence,
             chunks=grid,
-            seeds=seeds(sequence.tokens[:wanted], submit.salt, cached, self.hello.kv),
+            seeds=seeds(
+                sequence.tokens[:wanted],
+                submit.salt,
+                cached,
+                kv.chunk_tokens,
+                layers=range(kv.layers),
+                kv_heads=range(kv.kv_heads),
+            ),
             began=now,
             deadline=now + self.timeout_s,
         )
@@ -232,7 +244,9 @@ class LandingZone:
             return
         handoff = self._handoffs.get(getattr(message, "handoff_id", 0))
         if handoff is None or handoff.peer != event.peer or handoff.epoch != event.epoch:
-            self.leases.late_messages += not isinstance(message, Done)  # usually the copy was quicker than Done
+            self.leases.late_messages += not isinstance(
+                message, Done
+            )  # usually the copy was quicker than Done
         elif isinstance(message, ChunkDone):
             self._chunk_done(handoff, message, now)
         elif isinstance(message, Failed):

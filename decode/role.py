@@ -70,7 +70,9 @@ class DecodeRole:
         self._actions: list[Action] = []
         self._requests: dict[RequestKey, Request] = {}
         self._by_session: dict[int, set[RequestKey]] = {}
-        self._parked: dict[bytes, list[Request]] = {}  # by the hash that they wait for; key present = owner at work
+        self._parked: dict[
+            bytes, list[Request]
+        ] = {}  # by the hash that they wait for; key present = owner at work
         self._max_waiting = max_waiting
         self.landing = LandingZone(
             hello,
@@ -255,8 +257,10 @@ class DecodeRole:
         request.queued = now
         self.scheduler.add(request.sequence)
 
-    def _handoff_ended(self, sequence: Sequence, remote_tokens: int, size_bytes: int, failure: str, now: float) -> None:
-        """The landing zone is done with this sequence: what was verified is in its blocks, the rest is computed here."""
+    def _handoff_ended(
+        self, sequence: Sequence, remote_tokens: int, size_bytes: int, failure: str, now: float
+    ) -> None:
+        """The landing zone is done with it: what was verified is in its blocks, the rest is computed here."""
         request = self._requests[sequence.request]
         trace = request.trace
         trace.handoff_s = now - (request.begun or now)

@@ -190,7 +190,7 @@ class BlockLedger:
 
     def check(self, *, at_rest: bool = False) -> None:
         """Raises LedgerError when the books do not add up; `at_rest`: also when anything is held or landing."""
-        tally = {state: 0 for state in BlockState}
+        tally = dict.fromkeys(BlockState, 0)
         for block, state in enumerate(self._state):
             tally[state] += 1
             if (state is BlockState.HELD) != (self._holders[block] > 0):
@@ -207,7 +207,9 @@ class BlockLedger:
         if self._landing != tally[BlockState.LANDING]:
             raise LedgerError(f"{self._landing} blocks counted landing, {tally[BlockState.LANDING]} are")
         if at_rest and (tally[BlockState.HELD] or tally[BlockState.LANDING]):
-            raise LedgerError(f"at rest, but {tally[BlockState.HELD]} held and {tally[BlockState.LANDING]} landing")
+            raise LedgerError(
+                f"at rest, but {tally[BlockState.HELD]} held and {tally[BlockState.LANDING]} landing"
+            )
 
 
 class SlotState(IntEnum):
@@ -272,7 +274,9 @@ class SlotLedger:
         if tally[SlotState.FREE] != len(set(self._free)) or len(set(self._free)) != len(self._free):
             raise LedgerError(f"{len(self._free)} slots on the free list, {tally[SlotState.FREE]} free")
         if tally[SlotState.QUARANTINED] != self._quarantined:
-            raise LedgerError(f"{self._quarantined} slots counted quarantined, {tally[SlotState.QUARANTINED]} are")
+            raise LedgerError(
+                f"{self._quarantined} slots counted quarantined, {tally[SlotState.QUARANTINED]} are"
+            )
         if at_rest and tally[SlotState.LEASED]:
             raise LedgerError(f"at rest, but {tally[SlotState.LEASED]} slots are leased")
 

@@ -51,7 +51,9 @@ class Scheduler:
         # A decode is one token: more running sequences than budget would make some of them starve.
         self._max_running = min(limits.max_running, limits.max_batch_tokens)
         self.reserved = 0
-        self._landed: deque[Sequence] = deque()  # wait with blocks of their own: first, or they could starve the rest
+        self._landed: deque[Sequence] = (
+            deque()
+        )  # wait with blocks of their own: first, or they could starve the rest
         self._waiting: deque[Sequence] = deque()
         self._running: dict[RequestKey, Sequence] = {}  # in order of admission
         self._waiting_tokens = 0

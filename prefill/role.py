@@ -137,7 +137,7 @@ class PrefillRole:
 
     def handle(self, event: ToEngine, now: float) -> None:
         if isinstance(event, PeerUp):
-            self._peer_up(event.hello)
+            self._peer_up(event.hello, now)
         elif isinstance(event, PeerLost):
             self._peer_lost(event.peer, event.epoch, now)
         elif isinstance(event, FromPeer):
@@ -180,7 +180,9 @@ class PrefillRole:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
         for progress in self.scheduler.commit(plan, result):
             handoff = self._of_request[progress.sequence.request]
-            self.counters["prompt_tokens"] += 0 if progress.sequence.remaining else progress.sequence.prompt_length
+            self.counters["prompt_tokens"] += (
+                0 if progress.sequence.remaining else progress.sequence.prompt_length
+            )
             if not progress.sequence.remaining:
                 self.scheduler.detach(progress.sequence)
                 handoff.state = HANDOFFS.move(handoff.state, State.SENDING)
@@ -198,12 +200,15 @@ class PrefillRole:
 
     # ---- peers -------------------------------------------------------------------------------------------------
 
-    def _peer_up(self, hello: Hello) -> None:
+    def _peer_up(self, hello: Hello, now: float) -> None:
         wrong = mismatch(self.hello, hello)
         if wrong:
             self.counters["peers_refused"] += 1
             self._actions.append(PeerRefused(hello.incarnation, wrong))
             return
+        former = self._peers.get(hello.incarnation)
+        if former is not None and former.alive:  # it noticed the break of the old stream before we did
+            self._peer_lost(hello.incarnation, former.hello.epoch, now)
         peer = self._peers.get(hello.incarnation)
         if peer is None:
             peer = Peer(hello, self._next_peer)
@@ -229,15 +234,18 @@ class PrefillRole:
     def _pay_quiet(self, peer: Peer) -> None:
         """After a reconnect: says so once no write of the broken stream's hand-offs is in flight."""
         incarnation = peer.hello.incarnation
-        if peer.alive and peer.quiet_owed > 0:
-            if not any(h.key[0] == incarnation and h.epoch <= peer.quiet_owed for h in self._handoffs.values()):
-                self._say(incarnation, peer.hello.epoch, Quiet(0, peer.quiet_owed))
-                peer.quiet_owed = 0
+        if not peer.alive or not peer.quiet_owed:
+            return
+        if all(h.key[0] != incarnation or h.epoch > peer.quiet_owed for h in self._handoffs.values()):
+            self._say(incarnation, peer.hello.epoch, Quiet(0, peer.quiet_owed))
+            peer.quiet_owed = 0
 
     def _forget(self, peer: Peer) -> None:
         """Forgets a lost peer once nothing is in flight to it."""
         incarnation = peer.hello.incarnation
-        if not peer.alive and not any(h.key[0] == incarnation for h in self._handoffs.values()):
+        if peer.alive or incarnation not in self._peers:
+            return
+        if all(h.key[0] != incarnation for h in self._handoffs.values()):
             del self._peers[incarnation]
             self._actions.append(Disconnect(incarnation))
 
@@ -269,13 +277,21 @@ class PrefillRole:
             self._say(key[0], peer.hello.epoch, Failed(begin.handoff_id, refusal))
             self._say(key[0], peer.hello.epoch, Quiet(begin.handoff_id, peer.hello.epoch))
             return
+        kv = self.hello.kv
         request = RequestKey(peer.number, begin.handoff_id)
         handoff = Handoff(
             key=key,
             epoch=peer.hello.epoch,
             sequence=Sequence(request, begin.tokens, None, begin.salt),
-            chunks=chunks(begin.start, len(begin.tokens), self.hello.kv.chunk_tokens),
-            seeds=seeds(begin.tokens, begin.salt, begin.start, self.hello.kv),
+            chunks=chunks(begin.start, len(begin.tokens), kv.chunk_tokens),
+            seeds=seeds(
+                begin.tokens,
+                begin.salt,
+                begin.start,
+                kv.chunk_tokens,
+                layers=range(kv.layers),
+                kv_heads=range(kv.kv_heads),
+            ),
             began=now,
             deadline=now + begin.deadline_s,
         )
@@ -327,7 +343,9 @@ class PrefillRole:
     def _sent(self, report: Sent, now: float) -> None:
         handoff = self._handoffs.get((report.peer, report.handoff_id))
         if handoff is None:
-            raise AssertionError(f"a write of unknown hand-off {report.handoff_id} settled: its blocks were not pinned")
+            raise AssertionError(
+                f"a write of unknown hand-off {report.handoff_id} settled: its blocks were not pinned"
+            )
         handoff.in_flight.discard(report.chunk)
         if not report.error:
             handoff.settled += 1

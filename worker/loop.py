@@ -147,7 +147,11 @@ class StepLoop:
         if now < self._load_at:
             return
         load = self.role.load()
-        if self._last_load is None or now >= self._load_at - LOAD_PERIOD_S + HEARTBEAT_S or _differ(load, self._last_load):
+        if (
+            self._last_load is None
+            or now >= self._load_at - LOAD_PERIOD_S + HEARTBEAT_S
+            or _differ(load, self._last_load)
+        ):
             self._last_load = load
             self._load_at = now + LOAD_PERIOD_S
             self._say(load)

@@ -119,7 +119,7 @@ def _kv_spec(spec: WorkerSpec, runner: Runner) -> KvSpec:
 def _open_mover(
     spec: WorkerSpec, kv: KvSpec, runner: Runner, reports: ReportQueue, outbox: RingWriter
 ) -> tuple[Mover | None, Hello]:
-    """The transport with this role's regions (slots to land in, or buffers to send from) and the hello that names it."""
+    """The transport with this role's regions (slots, or buffers to send from) and the hello that names it."""
     slot_bytes = kv.chunk_tokens * kv.token_bytes
     slots = spec.slots if spec.role == "decode" else 0
     staging = STAGING_BUFFERS if spec.role == "prefill" else 0

@@ -82,10 +82,12 @@ class EngineSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("key",)
+    __slots__ = ("key", "attempt")
     KEY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     key: int
-    def __init__(self, key: _Optional[int] = ...) -> None: ...
+    attempt: int
+    def __init__(self, key: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class FromWorker(_message.Message):
     __slots__ = ("step", "tokens", "ends", "status")

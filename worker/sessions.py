@@ -1,0 +1,211 @@
+"""The streams between routers and this worker: requests in, one message per engine step out.
+
+A session's outbox merges what a slow router has not taken yet, so it is bounded by the tokens of its requests and
+never holds up a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from baton.v1 import inference_pb2 as api
+from baton.v1 import worker_pb2 as pb
+from engine.api import Cancel, Load, RequestEnd, RequestKey, SamplingParams, StepOutput, Submit, Trace
+from worker.messages import SessionLost, ToEngine
+from worker.spec import WorkerSpec
+
+
+class Session:
+    """One router's stream and what waits to be written to it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._wake = asyncio.Event()
+        self._tokens: dict[tuple[int, int], pb.TokenEntry] = {}
+        self._ends: list[pb.RequestEnd] = []
+        self._status: api.WorkerStatus | None = None
+        self._step = 0
+
+    def add_tokens(self, step: int, request: RequestKey, first_index: int, ids: list[int]) -> None:
+        entry = self._tokens.get((request.key, request.attempt))
+        if entry is None:
+            self._tokens[request.key, request.attempt] = pb.TokenEntry(
+                key=request.key, attempt=request.attempt, first_index=first_index, ids=ids
+            )
+        else:
+            entry.ids.extend(ids)
+        self._step = step
+        self._wake.set()
+
+    def add_end(self, end: RequestEnd) -> None:
+        trace = _trace(end.trace) if end.trace else None
+        request = end.request
+        self._ends.append(
+            pb.RequestEnd(
+                key=request.key, attempt=request.attempt, reason=end.reason, detail=end.detail, trace=trace
+            )
+        )
+        self._wake.set()
+
+    def set_status(self, status: api.WorkerStatus) -> None:
+        self._status = status
+        self._step = status.step
+        self._wake.set()
+
+    async def next(self) -> pb.FromWorker:
+        """Waits until there is something to say and takes all of it."""
+        await self._wake.wait()
+        self._wake.clear()
+        message = pb.FromWorker(
+            step=self._step, tokens=self._tokens.values(), ends=self._ends, status=self._status
+        )
+        self._tokens.clear()
+        self._ends.clear()
+        self._status = None
+        return message
+
+
+class WorkerService:
+    """`baton.v1.Worker`: sessions of routers, and a description for operators."""
+
+    def __init__(
+        self, spec: WorkerSpec, send: Callable[[ToEngine], None], describe: Callable[[], api.WorkerStatus]
+    ) -> None:
+        self._spec = spec
+        self._send = send
+        self._describe = describe
+        self._sessions: dict[int, Session] = {}
+        self._next = 1
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> api.WorkerStatus:
+        return self._describe()
+
+    async def Session(self, requests: AsyncIterator[pb.ToWorker], context: Any) -> None:
+        session = Session(self._next)
+        self._next += 1
+        self._sessions[session.number] = session
+        session.set_status(self._describe())
+        reader = asyncio.create_task(self._read(session, requests))
+        try:
+            while not reader.done():
+                writer = asyncio.create_task(session.next())
+                await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+                if not writer.done():
+                    writer.cancel()
+                    break
+                await context.write(writer.result())
+        finally:
+            reader.cancel()
+            del self._sessions[session.number]
+            self._send(SessionLost(session.number))
+
+    async def _read(self, session: Session, requests: AsyncIterator[pb.ToWorker]) -> None:
+        async for message in requests:
+            if message.HasField("submit"):
+                self._submit(session, message.submit)
+            elif message.HasField("cancel"):
+                cancel = message.cancel
+                self._send(Cancel(RequestKey(session.number, cancel.key, cancel.attempt)))
+
+    def _submit(self, session: Session, submit: pb.Submit) -> None:
+        request = RequestKey(session.number, submit.key, submit.attempt)
+        if self._spec.role != "decode":
+            session.add_end(RequestEnd(request, "refused", f"{self._spec.worker_id} does not decode"))
+            return
+        sampling = submit.sampling
+        self._send(
+            Submit(
+                request=request,
+                request_id=submit.request_id,
+                prompt=list(submit.prompt),
+                sampling=SamplingParams(
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    seed=sampling.seed,
+                    max_tokens=sampling.max_tokens,
+                    stop_token_ids=tuple(sampling.stop_token_ids),
+                ),
+                prefill_worker=submit.prefill_worker,
+                local_below_tokens=submit.local_below_tokens,
+                salt=submit.salt,
+            )
+        )
+
+    # ---- from the engine ---------------------------------------------------------------------------------------
+
+    def step_output(self, output: StepOutput) -> None:
+        for entry in output.tokens:
+            session = self._sessions.get(entry.request.session)
+            if session is not None:
+                session.add_tokens(output.step, entry.request, entry.first_index, entry.ids)
+        for end in output.ends:
+            self.request_end(end)
+
+    def request_end(self, end: RequestEnd) -> None:
+        session = self._sessions.get(end.request.session)
+        if session is not None:
+            session.add_end(end)
+
+    def load(self) -> None:
+        """The worker's state changed: every router is told."""
+        status = self._describe()
+        for session in self._sessions.values():
+            session.set_status(status)
+
+
+def worker_status(
+    spec: WorkerSpec, address: str, transport: str, pid: int, engine_pid: int, load: Load | None
+) -> api.WorkerStatus:
+    """The state of a worker as routers and operators see it."""
+    status = api.WorkerStatus(
+        worker_id=spec.worker_id,
+        role=spec.role,
+        incarnation=spec.incarnation,
+        address=address,
+        alive=True,
+        transport=transport,
+        pid=pid,
+        engine_pid=engine_pid,
+    )
+    if load is not None:
+        ledger = load.ledger
+        status.step = load.step
+        status.waiting = load.waiting
+        status.running = load.running
+        status.waiting_tokens = load.waiting_tokens
+        status.handoffs = load.handoffs
+        status.peers.extend(load.peers)
+        status.counters.update(load.counters)
+        status.ledger.CopyFrom(
+            api.Ledger(
+                blocks_free=ledger.blocks_free,
+                blocks_cached=ledger.blocks_cached,
+                blocks_held=ledger.blocks_held,
+                blocks_landing=ledger.blocks_landing,
+                blocks_total=ledger.blocks_total,
+                slots_free=ledger.slots_free,
+                slots_leased=ledger.slots_leased,
+                slots_quarantined=ledger.slots_quarantined,
+                slots_total=ledger.slots_total,
+            )
+        )
+    return status
+
+
+def _trace(trace: Trace) -> api.Trace:
+    return api.Trace(
+        prefilled=trace.prefilled,
+        prefill_worker=trace.prefill_worker,
+        cached_tokens=trace.cached_tokens,
+        remote_tokens=trace.remote_tokens,
+        handoff_bytes=trace.handoff_bytes,
+        queue_s=trace.queue_s,
+        handoff_s=trace.handoff_s,
+        prefill_s=trace.prefill_s,
+        ttft_s=trace.ttft_s,
+        decode_s=trace.decode_s,
+        fallback=trace.fallback,
+    )

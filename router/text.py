@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from router.chat import ChatTemplate, ChatTemplateError
 from router.detokenizer import IncrementalDetokenizer, detokenizers, is_byte_level
@@ -93,7 +92,6 @@ class TextCodec:
         }
         config, generation = _read_json(path / "config.json"), _read_json(path / "generation_config.json")
         special_tokens = _special_tokens(settings)
-        _set_post_processor(tokenizer, settings, special_tokens)
         template = _chat_template_source(path, settings)
         return cls(
             tokenizer,
@@ -104,7 +102,10 @@ class TextCodec:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text. `add_special_tokens`: those of the post-processor, usually one at the beginning."""
+        """Ids of a text. `add_special_tokens`: those of the post-processor, usually one at the beginning.
+
+        As in transformers, `add_bos_token` in tokenizer_config.json changes nothing where there is a tokenizer.json.
+        """
         # encode_batch_fast keeps no offsets and lets go of the interpreter lock; `encode` does neither.
         encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoded[0].ids)
@@ -182,22 +183,6 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
         name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()
     }
     return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _set_post_processor(
-    tokenizer: Tokenizer, settings: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> None:
-    """Explicit `add_bos_token` or `add_eos_token` replace the tokenizer's own post-processor, as in transformers 5."""
-    if "add_bos_token" not in settings and "add_eos_token" not in settings:
-        return
-    bos = special_tokens.get("bos_token") if settings.get("add_bos_token") else None
-    eos = special_tokens.get("eos_token") if settings.get("add_eos_token") else None
-    ids = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token is not None]
-    for token, token_id in ids:
-        if token_id is None:
-            raise ValueError(f"tokenizer_config.json adds {token!r}, which the tokenizer does not know")
-    single = f"{f'{bos}:0 ' if bos else ''}$A:0{f' {eos}:0' if eos else ''}"
-    tokenizer.post_processor = TemplateProcessing(single=single, pair=f"{single} $B:1", special_tokens=ids)
 
 
 def _chat_template_source(path: Path, settings: Mapping[str, Any]) -> str | None:

@@ -195,7 +195,7 @@ class DecodeRole:
         refusal = self._refusal(submit)
         if refusal:
             self.counters["refused"] += 1
-            self._actions.append(RequestEnd(submit.request, "refused", refusal))
+            self._actions.append(RequestEnd(submit.request, *refusal))
             return
         sequence = Sequence(submit.request, submit.prompt, submit.sampling, submit.salt)
         request = Request(submit, sequence, now)
@@ -204,20 +204,20 @@ class DecodeRole:
         self.counters["accepted"] += 1
         self._place(request, now)
 
-    def _refusal(self, submit: Submit) -> str:
-        """Why the request cannot be taken, empty when it can."""
+    def _refusal(self, submit: Submit) -> tuple[EndReason, str] | None:
+        """Why the request cannot be taken, None when it can."""
         if submit.request in self._requests:
-            return f"request {submit.request_id!r} is running already"
+            return "invalid", f"request {submit.request_id!r} is running already"
         tokens = len(submit.prompt) + submit.sampling.max_tokens
         needed = self.blocks.blocks_for(tokens)
         if needed > self.blocks.total:
-            return (
-                f"too long: {tokens} tokens (prompt and max_tokens) need {needed} KV blocks, "
-                f"this worker has {self.blocks.total}; raise decode.kv_cache_gib or lower max_tokens"
+            return "invalid", (
+                f"{tokens} tokens (prompt and max_tokens) need {needed} KV blocks, this worker has "
+                f"{self.blocks.total}: lower max_tokens, or raise decode.kv_cache_gib"
             )
         if len(self._requests) - self.scheduler.running >= self._max_waiting:
-            return f"no room: {self._max_waiting} requests wait already"
-        return ""
+            return "no_room", f"{self._max_waiting} requests wait already"
+        return None
 
     def _place(self, request: Request, now: float) -> None:
         """Where the prompt is computed: after a twin that is at it, by a prefill worker, or here."""

@@ -10,7 +10,8 @@ from typing import Literal
 
 import msgspec
 
-EndReason = Literal["stop", "length", "cancelled", "refused", "error"]
+# "invalid" and "no_room" answer a request that was not accepted; the others end one that was.
+EndReason = Literal["stop", "length", "cancelled", "error", "invalid", "no_room"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +79,7 @@ class TokenEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestEnd(msgspec.Struct, frozen=True, tag=True):
-    """The one terminal event of an accepted request; `refused` is the typed answer of one that was not."""
+    """The one terminal event of a request."""
 
     request: RequestKey
     reason: EndReason

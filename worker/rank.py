@@ -19,10 +19,11 @@ import torch
 
 from baton import RELEASE
 from engine.ledger import BlockLedger
+from engine.model_config import fingerprint
 from engine.runner import Runner, load_runner
 from engine.scheduler import Limits
 from kvtransfer.chunks import chunk_tokens_for
-from kvtransfer.messages import Hello, KvSpec, MoverReport
+from kvtransfer.messages import Hello, KvSpec
 from kvtransfer.mover import Mover
 from kvtransfer.transports import open_transport
 from worker.loop import ReportQueue, StepLoop
@@ -104,7 +105,7 @@ def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> N
 def _kv_spec(spec: WorkerSpec, runner: Runner) -> KvSpec:
     config = runner.config
     kv = KvSpec(
-        model=runner.fingerprint,
+        model=fingerprint(spec.model_path),
         layers=config.layers,
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
@@ -146,14 +147,10 @@ def _open_mover(
         runner.kv_cache.layers,
         kv,
         slot_bytes=slot_bytes,
-        on_report=lambda report: _report(reports, report),
+        on_report=reports.put,
         send_control=lambda peer, done: outbox.send(ToPeer(peer, done.epoch, done)),
         on_fatal=fatal,
     )
     endpoint = transport.describe()
     log.info("transport %s, %d slots of %d KiB", transport.name, slots, slot_bytes >> 10)
     return mover, msgspec.structs.replace(hello, transport=transport.name, endpoint=endpoint)
-
-
-def _report(reports: ReportQueue, report: MoverReport) -> None:
-    reports.put(report)

@@ -17,7 +17,7 @@ from worker.messages import SessionLost, ToEngine
 from worker.spec import WorkerSpec
 
 
-class Session:
+class SessionOutbox:
     """One router's stream and what waits to be written to it."""
 
     def __init__(self, number: int) -> None:
@@ -76,14 +76,14 @@ class WorkerService:
         self._spec = spec
         self._send = send
         self._describe = describe
-        self._sessions: dict[int, Session] = {}
+        self._sessions: dict[int, SessionOutbox] = {}
         self._next = 1
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> api.WorkerStatus:
         return self._describe()
 
     async def Session(self, requests: AsyncIterator[pb.ToWorker], context: Any) -> None:
-        session = Session(self._next)
+        session = SessionOutbox(self._next)
         self._next += 1
         self._sessions[session.number] = session
         session.set_status(self._describe())
@@ -101,7 +101,7 @@ class WorkerService:
             del self._sessions[session.number]
             self._send(SessionLost(session.number))
 
-    async def _read(self, session: Session, requests: AsyncIterator[pb.ToWorker]) -> None:
+    async def _read(self, session: SessionOutbox, requests: AsyncIterator[pb.ToWorker]) -> None:
         async for message in requests:
             if message.HasField("submit"):
                 self._submit(session, message.submit)
@@ -109,10 +109,10 @@ class WorkerService:
                 cancel = message.cancel
                 self._send(Cancel(RequestKey(session.number, cancel.key, cancel.attempt)))
 
-    def _submit(self, session: Session, submit: pb.Submit) -> None:
+    def _submit(self, session: SessionOutbox, submit: pb.Submit) -> None:
         request = RequestKey(session.number, submit.key, submit.attempt)
         if self._spec.role != "decode":
-            session.add_end(RequestEnd(request, "refused", f"{self._spec.worker_id} does not decode"))
+            session.add_end(RequestEnd(request, "invalid", f"{self._spec.worker_id} does not decode"))
             return
         sampling = submit.sampling
         self._send(

@@ -44,6 +44,7 @@ class WorkerShell:
         self._server: grpc.aio.Server | None = None
         self._is_ready: asyncio.Future[Ready] | None = None
         self._closed: asyncio.Future[str] | None = None
+        self._stopping = False
         self.service = WorkerService(spec, self.send, self.describe)
 
     # ---- life --------------------------------------------------------------------------------------------------
@@ -54,8 +55,8 @@ class WorkerShell:
         self._is_ready = loop.create_future()
         self._closed = loop.create_future()
         self._engine = EngineProcess(self.spec, self.rank_module, self._from_engine, self._engine_died)
-        done, _ = await asyncio.wait({self._is_ready, self._closed}, return_when=asyncio.FIRST_COMPLETED)
-        if self._is_ready not in done:
+        await asyncio.wait([self._is_ready, self._closed], return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+        if not self._is_ready.done():
             raise RuntimeError(f"{self.spec.worker_id}: {self._closed.result()}")
         self.ready = self._is_ready.result()
         self._server = rpc.server(self.spec.token)
@@ -83,6 +84,7 @@ class WorkerShell:
 
     async def stop(self) -> None:
         """Ends links, server and engine, each within its grace."""
+        self._stopping = True
         await self.close_links()
         if self._server is not None:
             await self._server.stop(SERVER_GRACE_S)
@@ -131,7 +133,7 @@ class WorkerShell:
         self._close(f"engine process ended: {reason}")
 
     def _close(self, reason: str) -> None:
-        if self._closed is not None and not self._closed.done():
+        if self._closed is not None and not self._closed.done() and not self._stopping:
             log.error("%s: %s", self.spec.worker_id, reason)
             self._closed.set_result(reason)
 

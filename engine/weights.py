@@ -73,8 +73,9 @@ def load_weights(
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 if name.endswith(_IGNORED_SUFFIXES) or (config.tie_embeddings and name == "lm_head.weight"):
                     continue
-                _fill(name, tensors.get_tensor(name), places, filled, file)
-                done += places[name].numel() * dtype.itemsize
+                tensor = tensors.get_tensor(name)
+                _fill(name, tensor, places, filled, file)
+                done += tensor.nbytes
                 if progress is not None:
                     progress(min(done, total), total)
     missing = sorted(places.keys() - filled)
@@ -146,12 +147,13 @@ def _places(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{index}."
         places[prefix + "input_layernorm.weight"] = layer.input_norm
         places[prefix + "post_attention_layernorm.weight"] = layer.post_norm
-        for linear, names, cuts in (
-            (layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv)),
-            (layer.output, ("self_attn.o_proj",), (config.hidden_size,)),
-            (layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), (inner, inner)),
-            (layer.down, ("mlp.down_proj",), (config.hidden_size,)),
-        ):
+        fused_parts: tuple[tuple[Linear, tuple[str, ...], list[int]], ...] = (
+            (layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), [q, kv, kv]),
+            (layer.output, ("self_attn.o_proj",), [config.hidden_size]),
+            (layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), [inner, inner]),
+            (layer.down, ("mlp.down_proj",), [config.hidden_size]),
+        )
+        for linear, names, cuts in fused_parts:
             for kind, fused in (("weight", linear.weight), ("bias", linear.bias)):
                 if fused is not None:
                     parts = torch.split(fused, cuts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-SHAPES: dict[str, dict[str, object]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 8},
     "wide heads": {"head_dim": 24},
@@ -46,7 +47,7 @@ SHAPES: dict[str, dict[str, object]] = {
 }
 
 
-def make_model(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> LlamaForCausalLM:
+def make_model(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
     """A random Llama whose layers are large and whose biases and norms are not trivial, saved to `folder`."""
     torch.manual_seed(7)
     model = LlamaForCausalLM(LlamaConfig(**{**BASE, **changes}))

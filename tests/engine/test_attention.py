@@ -1,0 +1,125 @@
+"""Paged attention against the definition, computed one query at a time in fp64."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from engine.attention import AttentionPlan, PagedAttention
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+
+
+class Batch:
+    """Rows (start, count) over a cache that is NaN wherever no row ever wrote."""
+
+    def __init__(
+        self, rows: list[tuple[int, int]], heads: tuple[int, int], block_size: int, seed: int = 0
+    ) -> None:
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        (q_heads, kv_heads), dim = heads, 16
+        self.rows, self.block_size = rows, block_size
+        self.decodes = sum(count == 1 for _, count in rows)
+        widths = [-(-(start + count) // block_size) for start, count in rows]
+        ids = rng.sample(range(sum(widths) + 5), sum(widths))
+        self.tables = [np.array([ids.pop() for _ in range(width)], dtype=np.int32) for width in widths]
+        self.cache = torch.full((2, sum(widths) + 5, block_size, kv_heads, dim), torch.nan)
+        self.contexts = [torch.randn(2, start + count, kv_heads, dim) for start, count in rows]
+        for table, context in zip(self.tables, self.contexts, strict=True):
+            for position in range(context.shape[1]):
+                slot = context[:, position]
+                self.cache[:, int(table[position // block_size]), position % block_size] = slot
+        tokens = sum(count for _, count in rows)
+        self.q = torch.randn(tokens, q_heads, dim)
+        news = [context[:, start:] for context, (start, _) in zip(self.contexts, rows, strict=True)]
+        self.k, self.v = torch.cat(news, dim=1)
+
+    def plan(self, **changes: int) -> AttentionPlan:
+        starts, counts = zip(*self.rows, strict=True)
+        return AttentionPlan.build(
+            starts, counts, self.tables, self.decodes, self.block_size, self.q.dtype, CPU, **changes
+        )
+
+    def expected(self) -> torch.Tensor:
+        out, token = torch.empty_like(self.q), 0
+        for (start, count), context in zip(self.rows, self.contexts, strict=True):
+            for position in range(start, start + count):
+                k, v = (
+                    context[:, : position + 1]
+                    .double()
+                    .repeat_interleave(self.q.shape[1] // self.k.shape[1], 2)
+                )
+                weights = torch.softmax(torch.einsum("hd,thd->ht", self.q[token].double(), k) / 4, -1)
+                out[token] = torch.einsum("ht,thd->hd", weights, v)
+                token += 1
+        return out
+
+
+ROWS = {
+    "decodes of one length": [(40, 1)] * 5,
+    "decodes of all lengths": [(n, 1) for n in (0, 1, 7, 15, 16, 17, 130, 200, 255, 256, 300, 511, 900)],
+    "prefill": [(0, 33)],
+    "long prefill": [(0, 600)],
+    "chunks": [(16, 20), (600, 70), (3, 300), (500, 13)],
+    "mixed": [(0, 1), (64, 1), (5, 1), (0, 2), (70, 90), (0, 64)],
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("heads", [(8, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize("block_size", [16, 5])
+def test_equals_the_definition(rows: str, heads: tuple[int, int], block_size: int) -> None:
+    ordered = sorted(ROWS[rows], key=lambda row: (row[1] != 1, row[0] if row[1] == 1 else 0))
+    batch = Batch(ordered, heads, block_size)
+    attention = PagedAttention()
+    for gather_tokens in (1 << 40, 700, 1):
+        plan = batch.plan(gather_tokens=gather_tokens)
+        got = attention(batch.q, batch.k, batch.v, batch.cache, plan)
+        torch.testing.assert_close(got, batch.expected(), atol=2e-5, rtol=2e-5)
+
+
+def test_buffers_of_one_step_do_not_show_in_the_next() -> None:
+    """The gather buffer and the causal strip are reused: long, short, other shapes, in any order."""
+    attention = PagedAttention()
+    shapes = [ROWS["chunks"], ROWS["prefill"], [(1500, 60)], ROWS["chunks"], [(10, 1), (300, 1)]]
+    for seed, rows in enumerate(shapes):
+        batch = Batch(rows, (4, 2), 16, seed)
+        got = attention(batch.q, batch.k, batch.v, batch.cache, batch.plan())
+        torch.testing.assert_close(got, batch.expected(), atol=2e-5, rtol=2e-5)
+
+
+def test_groups_waste_little_and_cover_every_row_once() -> None:
+    rng = random.Random(1)
+    for _ in range(50):
+        rows = sorted((rng.randrange(3000), 1) for _ in range(rng.randint(1, 60)))
+        batch_plan = AttentionPlan.build(
+            [start for start, _ in rows],
+            [1] * len(rows),
+            [np.arange(200, dtype=np.int32)] * len(rows),
+            len(rows),
+            16,
+            torch.float32,
+            CPU,
+            gather_tokens=8000,
+        )
+        covered = [row for group in batch_plan.groups for row in range(group.first, group.last)]
+        assert covered == list(range(len(rows)))
+        for group in batch_plan.groups:
+            contexts = [start + 1 for start, _ in rows[group.first : group.last]]
+            assert group.context == max(contexts)
+            assert group.context <= 128 or group.context <= 2 * min(contexts)
+            assert group.context * len(contexts) <= 8000
+
+
+def test_slots_are_where_the_block_table_says() -> None:
+    table = np.array([7, 2, 9], dtype=np.int32)
+    plan = AttentionPlan.build([5, 3], [1, 6], [table, table[::-1].copy()], 1, 4, torch.float32, CPU)
+    assert plan.slots.tolist() == [2 * 4 + 1, 9 * 4 + 3, 2 * 4, 2 * 4 + 1, 2 * 4 + 2, 2 * 4 + 3, 7 * 4]
+    with pytest.raises(IndexError):
+        AttentionPlan.build([12], [1], [table], 1, 4, torch.float32, CPU)

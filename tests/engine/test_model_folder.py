@@ -1,0 +1,219 @@
+"""Model folders: what is read, what is refused and how the refusal reads; the KV sizes; the tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from engine.api import SamplingParams
+from engine.kv_cache import KVCache, block_bytes, blocks_in
+from engine.model_config import ModelConfig, RopeConfig, UnsupportedModel, fingerprint
+from engine.plan import BlockTable, Row, StepPlan
+from engine.runner import load_runner
+from engine.weights import load_weights
+
+torch.set_num_threads(1)
+
+TINY = Path(__file__).parents[2] / "models" / "baton-tiny"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+
+
+def first_logits(folder: Path, dtype: str = "auto") -> torch.Tensor:
+    table = BlockTable()
+    table.extend([3, 1])
+    rows = [Row(0, list(range(65, 90)), table, SamplingParams())]
+    return load_runner(folder, dtype, num_blocks=4).logits(StepPlan(0, rows))
+
+
+def test_reads_the_tiny_model() -> None:
+    config = ModelConfig.from_folder(TINY)
+    assert (config.hidden_size, config.layers, config.vocab_size) == (96, 4, 262)
+    assert (config.q_heads, config.kv_heads, config.group, config.head_dim) == (8, 4, 2, 16)
+    assert config.eos_token_ids == (257, 261)  # of generation_config.json, where it says so
+    assert config.bos_token_id == 256
+    assert config.rope == RopeConfig(10000.0)
+    assert config.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, r"architectures=\['GPT2LMHeadModel'\]"),
+        ({"architectures": "absent"}, r"architectures=\[\]"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'}"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters.rope_type='yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type='dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor=None"),
+        ({"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor=0.5"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"hidden_size": "absent"}, "hidden_size=None"),
+        ({"head_dim": 15}, "head_dim=15"),
+        ({"attention_bias": "yes"}, "attention_bias='yes'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn'"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+    ],
+)
+def test_refuses_by_key_and_value(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit(folder, **changes)
+    with pytest.raises(UnsupportedModel, match=message):
+        ModelConfig.from_folder(folder)
+
+
+def test_reads_rope_in_both_spellings(folder: Path) -> None:
+    llama3 = {
+        "factor": 8,
+        "low_freq_factor": 1,
+        "high_freq_factor": 4,
+        "original_max_position_embeddings": 64,
+    }
+    edit(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **llama3}, rope_theta="absent")
+    new = ModelConfig.from_folder(folder).rope
+    edit(folder, rope_parameters="absent", rope_theta=5e5, rope_scaling={"type": "llama3", **llama3})
+    assert ModelConfig.from_folder(folder).rope == new == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64)
+
+
+def test_eos_of_the_config_without_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    assert ModelConfig.from_folder(folder).eos_token_ids == (257,)
+
+
+def test_names_missing_unexpected_and_misshapen_tensors(folder: Path) -> None:
+    config, file = ModelConfig.from_folder(folder), folder / "model.safetensors"
+    good = load_file(file)
+    name = "model.layers.2.mlp.up_proj.weight"
+    for tensors, message in (
+        ({key: value for key, value in good.items() if key != name}, f"missing.*{name}"),
+        (good | {"model.layers.9.extra": torch.ones(2)}, r"unexpected tensor 'model.layers.9.extra' \[2\]"),
+        (good | {name: torch.ones(3, 4)}, rf"'{name}' is \[3, 4\], the config says \[192, 96\]"),
+        (good | {name: good[name].to(torch.int8)}, f"'{name}' is torch.int8"),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(UnsupportedModel, match=message):
+            load_weights(folder, config, torch.float32)
+    file.unlink()
+    with pytest.raises(UnsupportedModel, match="only safetensors"):
+        load_weights(folder, config, torch.float32)
+
+
+def test_shards_are_the_same_model(folder: Path) -> None:
+    expected = first_logits(folder)
+    tensors = sorted(load_file(folder / "model.safetensors").items())
+    shards = {
+        "model-00001-of-00002.safetensors": tensors[::2],
+        "model-00002-of-00002.safetensors": tensors[1::2],
+    }
+    for name, part in shards.items():
+        save_file(dict(part), folder / name)
+    (folder / "model.safetensors").unlink()
+    weight_map = {key: name for name, part in shards.items() for key, _ in part}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    assert torch.equal(first_logits(folder), expected)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UnsupportedModel, match=r"not there: \['model-00002-of-00002.safetensors'\]"):
+        first_logits(folder)
+
+
+def test_casts_while_loading_and_reports_progress(folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    runner = load_runner(
+        folder, "bfloat16", kv_bytes=1 << 20, progress=lambda done, total: seen.append((done, total))
+    )
+    size = (folder / "model.safetensors").stat().st_size
+    assert seen == sorted(seen) and seen[-1] == (size, size) and len(seen) > 30
+    assert seen[len(seen) // 2][0] > size / 3  # bytes of the file, whatever the dtype in memory
+    assert runner.kv_cache.dtype == torch.bfloat16
+    assert runner.kv_cache.num_blocks == (1 << 20) // block_bytes(runner.config, 16, torch.bfloat16)
+    exact, cast = first_logits(folder), first_logits(folder, "bfloat16").float()
+    assert torch.nn.functional.cosine_similarity(exact, cast).item() > 0.99
+
+
+def test_a_tied_model_may_carry_its_head(folder: Path) -> None:
+    edit(folder, tie_word_embeddings=True)
+    logits = first_logits(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight")
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(first_logits(folder), logits)
+
+
+def test_sizes_of_the_cache() -> None:
+    config = ModelConfig.from_folder(TINY)
+    assert block_bytes(config, 16, torch.float32) == 2 * 4 * 16 * 4 * 16 * 4
+    cache = KVCache(config, 10, 16, torch.bfloat16)
+    assert cache.size_bytes == 10 * block_bytes(config, 16, torch.bfloat16)
+    assert [list(layer.shape) for layer in cache.layers] == [[2, 10, 16, 4, 16]] * 4
+    assert blocks_in(1.0, config, 16, torch.float32) == (1 << 30) // 32768
+    with pytest.raises(ValueError, match="hold no KV block"):
+        blocks_in(1e-6, config, 16, torch.float32)
+    with pytest.raises(ValueError, match="exactly one"):
+        load_runner(TINY)
+    with pytest.raises(ValueError, match="exactly one"):
+        load_runner(TINY, num_blocks=3, kv_bytes=1 << 20)
+
+
+def test_fingerprint_names_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = fingerprint(TINY)
+    assert len(name) == 32 and fingerprint(folder) == name
+    edit(folder, transformers_version="5.99", _name_or_path="elsewhere")
+    (folder / "tokenizer_config.json").unlink()
+    assert fingerprint(folder) == name
+    edit(folder, rope_theta=10001.0)
+    assert fingerprint(folder) != name
+    edit(folder, rope_theta=10000.0)
+
+    monkeypatch.setattr("engine.model_config._WHOLE_FILE_BYTES", 1000)  # as if the file were large
+    sampled = fingerprint(folder)
+    assert sampled == fingerprint(TINY)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert fingerprint(folder) != sampled
+    monkeypatch.undo()
+    assert fingerprint(folder) != name
+
+
+def test_every_id_of_the_tiny_model_is_text() -> None:
+    fast, auto = Tokenizer.from_file(str(TINY / "tokenizer.json")), AutoTokenizer.from_pretrained(TINY)
+    config = ModelConfig.from_folder(TINY)
+    assert fast.get_vocab_size() == len(auto) == config.vocab_size
+    assert all(fast.decode([token], skip_special_tokens=False) for token in range(config.vocab_size))
+    text = "<|user|>Grüße, 世界 😀\n\t two  spaces<|end|>"
+    ids = fast.encode(text).ids
+    assert ids == auto.encode(text) and fast.decode(ids, skip_special_tokens=False) == text
+    assert ids[0] == 259 and ids[-1] == 261 and ids[1:-1] == list(text[8:-7].encode())
+    chat = auto.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert chat == "<|bos|><|user|>hi<|end|><|assistant|>"
+
+
+def test_the_tiny_model_does_not_repeat_itself() -> None:
+    runner = load_runner(TINY, num_blocks=10)
+    table, tokens, greedy = BlockTable(), list(b"The quick brown fox"), SamplingParams(temperature=0)
+    table.extend(list(range(10)))
+    tokens += runner.run(StepPlan(0, [Row(0, tokens, table, greedy)])).sampled
+    while len(tokens) < 150:
+        tokens += runner.run(StepPlan(0, [Row(len(tokens) - 1, tokens[-1:], table, greedy)])).sampled
+    assert len(set(tokens[-60:])) > 20

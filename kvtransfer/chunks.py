@@ -13,12 +13,20 @@ import math
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import xxhash
 
 from kvtransfer.digest import chunk_seed
 
 SLOT_LIMIT_BYTES = 16 << 20
+
+
+class Chunk(NamedTuple):
+    """The tokens first_token .. first_token+tokens-1 of a prompt."""
+
+    first_token: int
+    tokens: int
 
 
 def chunk_tokens_for(
@@ -46,14 +54,14 @@ def chunk_tokens_for(
     return most
 
 
-def chunks(start: int, end: int, chunk_tokens: int) -> list[tuple[int, int]]:
-    """The grid over positions start .. end-1: (first_token, tokens) of every chunk, in order; empty if start == end.
+def chunks(start: int, end: int, chunk_tokens: int) -> list[Chunk]:
+    """The grid over positions start .. end-1, in order; empty if start == end.
 
     Raises ValueError when 0 <= start <= end and chunk_tokens > 0 do not hold.
     """
     if not 0 <= start <= end or chunk_tokens <= 0:
         raise ValueError(f"no chunk grid over {start}..{end} in steps of {chunk_tokens}")
-    return [(first, min(chunk_tokens, end - first)) for first in range(start, end, chunk_tokens)]
+    return [Chunk(first, min(chunk_tokens, end - first)) for first in range(start, end, chunk_tokens)]
 
 
 def seeds(

@@ -1,0 +1,176 @@
+"""The other side of a transfer, for tests: an endpoint or a mover in a process of its own, driven over a socket.
+
+`python -m tests.kvtransfer.peer FD`: requests are [method, arguments], answers [result, error], both length-prefixed
+MessagePack. It polls its endpoint all the time, as a worker that expects writes does.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kvtransfer.transport import TransportError
+from kvtransfer.transports import Endpoint, open_transport
+
+
+def send(sock: socket.socket, message: Any) -> None:
+    data = msgspec.msgpack.encode(message)
+    sock.sendall(len(data).to_bytes(8, "little") + data)
+
+
+def receive(sock: socket.socket) -> Any:
+    def exactly(size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            part = sock.recv(min(size - len(data), 1 << 20))
+            if not part:
+                raise EOFError("the other side has ended")
+            data += part
+        return bytes(data)
+
+    return msgspec.msgpack.decode(exactly(int.from_bytes(exactly(8), "little")))
+
+
+class PeerProcess:
+    """The parent's handle. Methods of `Peer` are called by name: `peer.call("landing")`."""
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        mine, theirs = socket.socketpair()
+        root = Path(__file__).parents[2]
+        self.sock = mine
+        self.sock.settimeout(60)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.kvtransfer.peer", str(theirs.fileno())],
+            cwd=root,
+            pass_fds=[theirs.fileno()],
+            env=os.environ | {"PYTHONPATH": str(root)} | (environment or {}),
+        )
+        theirs.close()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        send(self.sock, [method, arguments])
+        result, error = receive(self.sock)
+        if error:
+            raise TransportError(error)
+        return result
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.sock.close()
+
+
+class Peer:
+    """The methods which the parent may call."""
+
+    def __init__(self) -> None:
+        self.endpoint: Endpoint | None = None
+        self.settled_writes: list[tuple[int, str]] = []
+        self.mover: Any = None
+        self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.controls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def idle(self) -> None:
+        if self.endpoint is not None:
+            self.settled_writes += [(settled.ticket, settled.error) for settled in self.endpoint.poll()]
+
+    @property
+    def it(self) -> Endpoint:
+        assert self.endpoint is not None
+        return self.endpoint
+
+    def open(self, kind: str, staging_bytes: int, landing_bytes: int, incarnation: str) -> bytes:
+        self.endpoint = open_transport(kind, staging_bytes, landing_bytes, incarnation)
+        return self.endpoint.describe()
+
+    def connect(self, peer: str, description: bytes) -> None:
+        self.it.connect(peer, description)
+
+    def fill(self, seed: int) -> None:
+        self.it.staging[:] = np.random.default_rng(seed).integers(0, 256, self.it.staging.nbytes, np.uint8)
+
+    def write(self, peer: str, rows: list[list[int]]) -> int:
+        return self.it.write(peer, np.array(rows, dtype=np.uint64))
+
+    def settled(self) -> list[tuple[int, str]]:
+        settled, self.settled_writes = self.settled_writes, []
+        return settled
+
+    def landing(self) -> bytes:
+        return self.it.landing.tobytes()
+
+    # ---- a mover ---------------------------------------------------------------------------------------------------
+
+    def open_mover(self, kind: str, pool: dict[str, int], slots: int, buffers: int, seed: int) -> bytes:
+        import torch
+
+        from kvtransfer.mover import Mover
+        from tests.kvtransfer.pools import kv_spec, random_layers
+
+        torch.set_num_threads(1)
+        kv = kv_spec(**pool)
+        slot = kv.chunk_tokens * kv.token_bytes
+        endpoint = open_transport(kind, buffers * slot, slots * slot, f"peer-{seed}")
+        self.layers = random_layers(kv, seed)
+        self.mover = Mover(
+            endpoint,
+            self.layers,
+            kv,
+            slot_bytes=slot,
+            on_report=self.reports.put,
+            send_control=lambda peer, done: self.controls.put([peer, done]),
+            on_fatal=lambda error: os._exit(3),
+        )
+        return endpoint.describe()
+
+    def submit(self, job: dict[str, Any]) -> None:
+        from kvtransfer.messages import MoverJob
+
+        self.mover.submit(msgspec.convert(job, type=MoverJob))
+
+    def expecting(self, on: bool) -> None:
+        self.mover.expecting(on)
+
+    def report(self) -> Any:
+        return self.reports.get(timeout=30)
+
+    def control(self) -> Any:
+        return self.controls.get(timeout=30)
+
+    def pool(self) -> list[bytes]:
+        return [layer.numpy().tobytes() for layer in self.layers]
+
+
+def main() -> None:
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    peer = Peer()
+    while True:
+        peer.idle()
+        if not select.select([sock], [], [], 0.0005)[0]:
+            continue
+        try:
+            method, arguments = receive(sock)
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = [getattr(peer, method)(*arguments), ""]
+        except Exception as error:
+            answer = [None, f"{type(error).__name__}: {error}"]
+        send(sock, answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The command line: `baton serve`, `baton generate`, `baton status`. Thin: parses, calls, prints.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+GRPC = "127.0.0.1:8001"
+HTTP = "127.0.0.1:8000"
+
+app = typer.Typer(
+    name="baton",
+    help="Serves large language models with prefill and decode on separate workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+GrpcOption = Annotated[str, typer.Option("--grpc", "--url", help="HOST:PORT of the router's gRPC door.")]
+
+
+def main() -> None:
+    """The `baton` command."""
+    app()
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; none: the defaults.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="SECTION.KEY=VALUE, over the file; may be repeated.", show_default=False),
+    ] = None,
+) -> None:
+    """Starts a deployment and runs it until Ctrl-C or SIGTERM.
+
+    Prints one line on standard output when everything is ready: baton ready http=HOST:PORT grpc=HOST:PORT
+    """
+    import os
+
+    from cluster.config import load
+    from cluster.config_errors import ConfigError
+    from cluster.serve import serve as run
+
+    try:
+        status = run(load(config, overrides or ()))
+    except ConfigError as error:
+        _fail(str(error), 2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a Ray start that was cut short leaves a thread that would never let the interpreter end.
+    os._exit(status)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
+    grpc_address: GrpcOption = GRPC,
+    model: Annotated[str, typer.Option(help="Empty: the one that is served.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 = greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="0 = off.")] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A stop string; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="As a chat message, over HTTP.")] = False,
+    http_address: Annotated[
+        str, typer.Option("--http", help="HOST:PORT of the HTTP door, for --chat.")
+    ] = HTTP,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=0.1, help="Seconds for the whole answer.")
+    ] = 300.0,
+) -> None:
+    """Streams one answer to standard output, then one line about it to standard error."""
+    from cluster import client
+
+    ask = client.Ask(
+        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        timeout_s=timeout_s,
+    )
+    try:
+        line = client.chat(http_address, ask, _write) if chat else client.generate(grpc_address, ask, _write)
+    except client.ClientError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("cancelled", 130)
+    _write("\n")
+    print(line, file=sys.stderr)
+
+
+@app.command()
+def status(
+    grpc_address: GrpcOption = GRPC,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
+    ledger: Annotated[bool, typer.Option("--ledger", help="Where every block and landing slot is.")] = False,
+) -> None:
+    """Shows the router and its workers. Exits with 1 when nothing answers."""
+    from cluster import client, status_view
+
+    try:
+        answer = client.status(grpc_address)
+    except client.ClientError as error:
+        _fail(str(error), 1)
+    if as_json:
+        print(status_view.as_json(answer))
+    else:
+        status_view.show(answer, ledger=ledger)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"baton: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    main()

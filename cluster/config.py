@@ -1,0 +1,248 @@
+"""One deployment as one tree of frozen objects: read from a YAML file and `--set` options, checked once, passed on.
+
+Every key has a default, an unknown key is an error, and an option that cannot take effect is an error too. Messages
+name the key, the value and the remedy. Nothing else in the project reads configuration files; what the processes are
+told is in `cluster.specs`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cluster.config_errors import ConfigError, explain
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    # strict: a port given as text or a count given as 2.5 is a mistake to name, not to mend.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSection(_Section):
+    """Which model, under which name, and how it is held in memory."""
+
+    path: str = (
+        "models/baton-tiny"  # a Hugging Face folder; relative to the file, else here, else the checkout
+    )
+    served_name: str = ""  # empty: the folder's name
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_model_len: NotNegative = 0  # 0: the model's own
+
+
+class PoolSection(_Section):
+    """One pool of like workers."""
+
+    replicas: NotNegative = 1
+    tensor_parallel: Positive = 1
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25  # for each worker
+    block_size: Positive = 16  # tokens
+    max_batch_tokens: Positive = 512  # in one step
+    max_running: Positive = 256
+    max_waiting: Positive = 512
+    num_cpus: Annotated[float, Field(ge=0)] = (
+        0.5  # reserved in Ray; also the number of compute threads, at least 1
+    )
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _one_rank(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("tensor parallelism is not built yet; use 1 and raise `replicas` instead")
+        return value
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("must be a power of two, such as 16")
+        return value
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return int(self.kv_cache_gib * (1 << 30))
+
+    @property
+    def threads(self) -> int:
+        return max(1, round(self.num_cpus))
+
+
+class DecodeSection(PoolSection):
+    replicas: Positive = 1
+
+
+class RouterSection(_Section):
+    """The front doors and the policy behind them."""
+
+    http: str = "127.0.0.1:8000"
+    grpc: str = "127.0.0.1:8001"
+    policy: str = "threshold"
+    local_below_tokens: NotNegative = 256  # a shorter uncached suffix is prefilled where it is decoded
+    max_prefill_waiting: Positive = 8
+    max_active: Positive = 1024
+
+    @field_validator("http", "grpc")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s\[\]]+):(\d{1,5})", value)
+        if match is None or int(match[2]) > 65535:
+            raise ValueError("must be HOST:PORT, such as 127.0.0.1:8000 (port 0 takes any free one)")
+        return value
+
+
+class TransferSection(_Section):
+    """How KV moves between a prefill and a decode worker."""
+
+    transport: Literal["auto", "nixl", "shm", "loopback"] = "auto"
+    slots: Annotated[int, Field(ge=2)] = 8  # landing slots of a decode worker; a pair needs two to overlap
+    chunk_tokens: Positive = 256  # wanted; made to fit slots of at most 16 MiB
+    handoff_timeout_s: Seconds = 30.0
+
+
+class ClusterSection(_Section):
+    """Where the processes run and how they are watched."""
+
+    launcher: Literal["ray", "plain"] = "ray"
+    address: str = "local"  # "local": a private Ray for this deployment; else the HOST:PORT of a running one
+    bind_host: str = ""  # empty: loopback on a private cluster, the node's address on a joined one
+    advertise_host: str = ""  # empty: the same as bind_host
+    log_dir: str = ""  # empty: a private temporary folder, removed after a clean stop
+    start_timeout_s: Seconds = 180.0
+    stop_timeout_s: Seconds = 5.0  # then what still runs is killed
+    start_attempts: Positive = 2  # of one worker, before the first time that all is ready
+    silence_s: Seconds = 15.0  # a worker that answers nothing for so long is killed and started again
+    restart_backoff_s: Seconds = 0.5  # doubles with each death
+    restart_backoff_max_s: Seconds = 30.0
+    restart_reset_s: Seconds = 60.0  # who stayed up for so long starts again with the first back-off
+
+
+class Config(_Section):
+    """A whole deployment."""
+
+    model: ModelSection = ModelSection()
+    prefill: PoolSection = PoolSection()
+    decode: DecodeSection = DecodeSection()
+    router: RouterSection = RouterSection()
+    kvtransfer: TransferSection = TransferSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.prefill.replicas and self.prefill.block_size != self.decode.block_size:
+            raise ValueError(
+                f"prefill.block_size = {self.prefill.block_size}, decode.block_size = {self.decode.block_size}: "
+                "must be equal, or no prefix is ever found again; set both to one value"
+            )
+        if self.cluster.launcher == "plain" and self.cluster.address != "local":
+            raise ValueError(
+                f"cluster.address = {self.cluster.address!r}: the plain launcher starts processes on this machine "
+                "only; remove the address or set cluster.launcher to ray"
+            )
+        if self.router.http == self.router.grpc and not self.router.http.endswith(":0"):
+            raise ValueError(
+                f"router.http = router.grpc = {self.router.http!r}: two servers cannot share a port; change one"
+            )
+        if self.cluster.restart_backoff_max_s < self.cluster.restart_backoff_s:
+            raise ValueError(
+                f"cluster.restart_backoff_max_s = {self.cluster.restart_backoff_max_s}: is below "
+                f"cluster.restart_backoff_s = {self.cluster.restart_backoff_s}; raise it"
+            )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, where plain YAML would silently take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice; remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Reads `path` (None: all defaults), applies `section.key=value` overrides; raises ConfigError.
+
+    The model's path comes back absolute.
+    """
+    tree = _read(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply(tree, override)
+    where = str(path) if path is not None else "defaults"
+    config = from_tree(tree, where)
+    folder = _find_model(config.model.path, Path(path).resolve().parent if path is not None else None)
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+
+
+def from_tree(tree: Mapping[str, Any], where: str) -> Config:
+    """A checked configuration from nested mappings; raises ConfigError with one line for each mistake."""
+    try:
+        return Config.model_validate({key: {} if value is None else value for key, value in tree.items()})
+    except ValidationError as error:
+        raise ConfigError(explain(error, Config, where)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; give the path of a YAML file, or none for the defaults"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold sections such as `decode:`, not a {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Sets one `section.key=value`; the value is read as YAML, so that numbers are numbers."""
+    path, equals, text = override.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not (equals and dot and section and key) or "." in key:
+        raise ConfigError(f"--set {override}: must be SECTION.KEY=VALUE, such as decode.replicas=2")
+    try:
+        value = yaml.load(text, Loader=_Loader) if text.strip() else ""  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+    below = tree.get(section) or {}
+    if not isinstance(below, dict):
+        raise ConfigError(f"--set {override}: {section} is {below!r} in the file, not a section")
+    tree[section] = {**below, key: value}
+
+
+def _find_model(given: str, beside: Path | None) -> Path:
+    """The model's folder; relative paths are tried beside the file, here, and in the checkout."""
+    path = Path(given).expanduser()
+    bases = [base for base in (beside, Path.cwd(), CHECKOUT) if base is not None]
+    tried = [path] if path.is_absolute() else list(dict.fromkeys(base / path for base in bases))
+    for folder in tried:
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+    names = ", ".join(str(folder) for folder in tried)
+    raise ConfigError(
+        f"model.path = {given!r}: no config.json in {names}; give the path of a Hugging Face model folder"
+    )

@@ -1,0 +1,361 @@
+"""Workers as Ray actors: Ray chooses the node, reserves CPUs and GPUs, and tells of deaths. Tokens never pass Ray.
+
+The one module that imports ray. An actor is never restarted by Ray (`max_restarts=0`): a death must be seen at once
+and a new life must have a new incarnation, so the supervisor starts a new actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import importlib
+import logging
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cluster import guard
+from cluster.config import CHECKOUT
+from cluster.launchers import WorkerHandle, decode_started
+from cluster.process import StartError, log_tail, thread_environment
+from cluster.specs import Place
+from worker.spec import Role, Started, WorkerSpec
+
+_LOCAL_PLACEMENT_S = 10.0
+_PLACEMENT_POLL_S = 0.25
+_UNFINISHED_OPEN_S = 3.0
+_OBJECT_STORE_BYTES = 80 << 20  # nothing is put there; Ray demands some
+
+
+class RayLauncher:
+    """Starts a private Ray on this machine (address "local") or joins a running one."""
+
+    name = "ray"
+
+    def __init__(
+        self,
+        shells: Mapping[Role, str],
+        *,
+        address: str,
+        private_dir: Path,
+        log_dir: Path,
+        start_timeout_s: float,
+        mark: str,
+    ) -> None:
+        self._address = address
+        self._private_dir = private_dir
+        self._log_dir = log_dir
+        self._start_timeout_s = start_timeout_s
+        self._mark = mark
+        self._shells = shells
+        self._handles: set[_RayHandle] = set()
+        self._opened = False
+        self._opening: asyncio.Future[None] | None = None
+        # Ray's processes are told to die with the *thread* that started them: this one lives as long as the process.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ray")
+
+    @property
+    def local(self) -> bool:
+        return self._address == "local"
+
+    async def open(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._opening = loop.run_in_executor(self._thread, self._initialise)
+        try:
+            await asyncio.wait_for(asyncio.shield(self._opening), self._start_timeout_s)
+        except TimeoutError:
+            raise StartError(
+                f"Ray ({self._address}) did not start within {self._start_timeout_s:g} s"
+            ) from None
+
+    async def start_worker(self, spec: WorkerSpec, place: Place) -> WorkerHandle:
+        group = await self._reserve(spec, place)
+        actor = None
+        try:
+            actor = self._create_actor(spec, place, group)
+            log = str(self._log(spec.worker_id)) if self.local else ""
+            reference = actor.start.remote(
+                msgspec.json.encode(spec), self._shells[spec.role], thread_environment(spec.threads), log
+            )
+            line = await asyncio.wait_for(_as_future(reference), self._start_timeout_s)
+            handle = _RayHandle(
+                actor, group, decode_started(line, spec), self._mark if self.local else "", self._forget
+            )
+        except BaseException as error:
+            await asyncio.to_thread(_discard, actor, group)
+            if isinstance(error, TimeoutError):
+                raise StartError(
+                    self._complaint(spec, f"was not ready within {self._start_timeout_s:g} s")
+                ) from None
+            if isinstance(error, StartError) or not isinstance(error, Exception):
+                raise
+            raise StartError(self._complaint(spec, f"did not start: {_first_lines(error)}")) from None
+        self._handles.add(handle)
+        return handle
+
+    async def close(self) -> None:
+        await asyncio.gather(*(handle.kill() for handle in list(self._handles)), return_exceptions=True)
+        if self._opening is not None and not self._opening.done():
+            # Stopped while Ray was starting. What cannot be waited for falls to the guard.
+            await asyncio.wait([self._opening], timeout=_UNFINISHED_OPEN_S)
+        if self._opened:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, self._shut_down)
+
+    def kill_now(self) -> None:
+        """A private Ray is marked and falls to the guard; a joined one ends our actors when this driver is gone."""
+
+    def log_tail(self, worker_id: str) -> str:
+        return (
+            log_tail(self._log(worker_id)) if self.local else "  | (its log is on its node, see `ray logs`)"
+        )
+
+    def _complaint(self, spec: WorkerSpec, what: str) -> str:
+        return f"{spec.worker_id} {what}; the end of its log:\n{self.log_tail(spec.worker_id)}"
+
+    def _log(self, worker_id: str) -> Path:
+        return self._log_dir / f"{worker_id}.log"
+
+    def _forget(self, handle: _RayHandle) -> None:
+        self._handles.discard(handle)
+
+    def _initialise(self) -> None:
+        """Runs in the Ray thread. The environment is set before the import: Ray reads it then."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options: dict[str, Any] = {"address": self._address}
+        if self.local:
+            self._set_private_environment()
+            options |= {
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "_temp_dir": str(self._private_dir / "ray"),
+                # Ray runs its workers at nice 15: any other process of the machine would stop the tokens.
+                "_system_config": {"worker_niceness": 0},
+                "log_to_driver": False,
+            }
+        elif "RAY_AUTH_MODE" not in os.environ and _has_auth_token():
+            os.environ["RAY_AUTH_MODE"] = "token"
+        # It warns that outside the main thread it cannot take over SIGTERM; that is what we want.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        import ray
+
+        try:
+            ray.init(namespace="baton", logging_level=logging.ERROR, configure_logging=False, **options)
+        except Exception as error:
+            where = "a private Ray on this machine" if self.local else f"the Ray at {self._address}"
+            raise StartError(
+                f"cluster.address = {self._address!r}: cannot use {where}: {_first_lines(error)}; "
+                "cluster.launcher: plain needs no Ray"
+            ) from None
+        self._opened = True
+
+    def _set_private_environment(self) -> None:
+        token = self._private_dir / "ray-token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        paths = [str(CHECKOUT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        os.environ |= {
+            # A token of our own: the default one would be written into the user's home.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            # Inherited by Ray's workers, so that they find this checkout even where it is not installed.
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+            guard.MARK: self._mark,
+        }
+
+    def _shut_down(self) -> None:
+        import ray
+
+        ray.shutdown()
+        self._opened = False
+
+    async def _reserve(self, spec: WorkerSpec, place: Place) -> Any:
+        """A placement group of one bundle for each worker; the tensor-parallel ranks will be further bundles."""
+        bundle = {"CPU": place.num_cpus, "GPU": place.num_gpus}
+        bundle = {name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001}
+        timeout_s = _LOCAL_PLACEMENT_S if self.local else self._start_timeout_s
+        group = await asyncio.to_thread(_ask_for, bundle, spec)
+        try:
+            # In small waits: a thread that waits long would hold up the end of the process.
+            for _ in range(max(1, round(timeout_s / _PLACEMENT_POLL_S))):
+                if await asyncio.to_thread(group.wait, _PLACEMENT_POLL_S):
+                    return group
+        except BaseException:
+            await asyncio.to_thread(_discard, None, group)
+            raise
+        total = await asyncio.to_thread(_give_up, group)
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+        raise StartError(
+            f"{spec.worker_id}: Ray has no room for {wanted} (the cluster has {total}, the other workers included); "
+            f"lower {spec.role}.num_cpus, {spec.role}.num_gpus or the replicas, or add nodes"
+        )
+
+    def _create_actor(self, spec: WorkerSpec, place: Place, group: Any) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return (
+            ray.remote(WorkerActor)
+            .options(
+                name=f"{spec.worker_id}-{spec.incarnation}",
+                num_cpus=place.num_cpus or 0.001 * (not place.num_gpus),
+                num_gpus=place.num_gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=16,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
+            )
+            .remote()
+        )
+
+
+class WorkerActor:
+    """Runs in the actor's process: opens the role's shell and keeps it."""
+
+    async def start(self, spec_json: bytes, shell_name: str, environment: dict[str, str], log: str) -> bytes:
+        """Becomes the worker of this spec; returns its Started message as JSON."""
+        if log:
+            _log_to(log)
+        # Before the shell is imported, because that loads torch.
+        os.environ |= environment
+        spec = msgspec.json.decode(spec_json, type=WorkerSpec)
+        if not spec.bind_host:
+            import ray
+
+            host = ray.util.get_node_ip_address()
+            spec = msgspec.structs.replace(spec, bind_host=host, advertise_host=spec.advertise_host or host)
+        _end_with_parent()
+        module, _, function = shell_name.partition(":")
+        open_shell = getattr(importlib.import_module(module), function)
+        self._shell = open_shell(spec)
+        return msgspec.json.encode(await self._shell.start())
+
+    async def wait_closed(self) -> str:
+        """Waits until the shell gave up, and says why."""
+        return str(await self._shell.wait_closed())
+
+    async def stop(self) -> None:
+        await self._shell.stop()
+
+
+class _RayHandle:
+    def __init__(
+        self, actor: Any, group: Any, started: Started, mark: str, forget: Callable[[_RayHandle], None]
+    ) -> None:
+        self.started = started
+        self._actor = actor
+        self._group = group
+        self._mark = mark  # empty: its processes are on another machine
+        self._forget = forget
+        self._ended = False
+        self._death = asyncio.create_task(self._watch(), name=f"{started.worker_id} death")
+
+    async def wait_dead(self) -> str:
+        return await asyncio.shield(self._death)
+
+    async def stop(self, grace_s: float) -> None:
+        if not self._ended and not self._death.done():
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(_as_future(self._actor.stop.remote()), grace_s)
+        await self.kill()
+
+    async def kill(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._forget(self)
+        self._death.cancel()
+        await asyncio.to_thread(_discard, self._actor, self._group)
+        if self._mark:
+            # Ray's word is not enough, and it knows nothing of the engine's process.
+            for pid in (self.started.pid, self.started.engine_pid):
+                guard.kill_marked(pid, self._mark)
+
+    async def _watch(self) -> str:
+        from ray.exceptions import RayError
+
+        try:
+            return f"closed: {await _as_future(self._actor.wait_closed.remote())}"
+        except RayError as error:
+            return f"actor lost: {_first_lines(error)}"
+
+
+def _as_future(reference: Any) -> asyncio.Future[Any]:
+    return asyncio.wrap_future(reference.future())
+
+
+def _ask_for(bundle: dict[str, float], spec: WorkerSpec) -> Any:
+    import ray
+
+    return ray.util.placement_group([bundle], strategy="PACK", name=f"{spec.worker_id}-{spec.incarnation}")
+
+
+def _give_up(group: Any) -> str:
+    """Takes the reservation back and says what the whole cluster has."""
+    import ray
+
+    ray.util.remove_placement_group(group)
+    has = ray.cluster_resources()
+    return ", ".join(f"{has.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def _discard(actor: Any, group: Any) -> None:
+    import ray
+
+    if actor is not None:
+        with contextlib.suppress(Exception):
+            ray.kill(actor)
+    with contextlib.suppress(Exception):
+        ray.util.remove_placement_group(group)
+
+
+def _log_to(path: str) -> None:
+    """Sends this process's output to the worker's own log instead of Ray's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _end_with_parent() -> None:
+    """Ends this process soon after its raylet is gone or a zombie: Ray itself waits until the raylet was reaped."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        pause = threading.Event()
+        while os.getppid() == parent and _state(parent) not in ("Z", "X", ""):
+            pause.wait(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="raylet watch", daemon=True).start()
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _first_lines(error: BaseException) -> str:
+    """Ray's messages run over many lines of advice; the cause is at the end of a task's traceback."""
+    cause = getattr(error, "cause", None)
+    text = (
+        f"{type(cause).__name__}: {cause}"
+        if isinstance(cause, BaseException)
+        else f"{type(error).__name__}: {error}"
+    )
+    return " ".join(line.strip() for line in text.splitlines()[:3])
+
+
+def _has_auth_token() -> bool:
+    return "RAY_AUTH_TOKEN_PATH" in os.environ or (Path.home() / ".ray" / "auth_token").exists()

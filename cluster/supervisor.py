@@ -1,0 +1,295 @@
+"""Runs one deployment: starts its workers and router, tells them of each other, replaces what dies, stops all.
+
+Each process has one task that keeps it: start, watch one life, remove it from the members at once, pause, start again.
+Until everything was ready once, a process that keeps failing is an error that ends the deployment; afterwards it is
+tried for ever, ever more slowly. Called by `cluster.cli`; knows launchers only by their interface.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import msgspec
+
+from baton import rpc
+from baton.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from cluster import guard
+from cluster.backoff import Backoff
+from cluster.config import ClusterSection
+from cluster.launchers import Launcher, WorkerHandle
+from cluster.membership import Membership, push_members
+from cluster.process import ChildProcess, StartError, log_tail
+from cluster.report import Report
+from cluster.specs import Seat
+from router.spec import RouterSpec, RouterStarted
+from worker.spec import Started
+
+_ASK_S = 3.0  # deadline of one Describe or Status
+_ASK_EVERY_S = 1.0
+_ASK_EVERY_AT_START_S = 0.1
+
+
+class SupervisorError(RuntimeError):
+    """The deployment cannot run; the message says which process and quotes its log."""
+
+
+class Supervisor:
+    """One deployment from start to stop. Use `run` once."""
+
+    def __init__(
+        self,
+        settings: ClusterSection,
+        seats: list[Seat],
+        router: RouterSpec,
+        launcher: Launcher,
+        *,
+        log_dir: Path,
+        mark: str,
+        report: Report,
+        router_command: list[str],
+    ) -> None:
+        self._settings = settings
+        self._seats = seats
+        self._router_spec = router
+        self._launcher = launcher
+        self._log_dir = log_dir
+        self._mark = mark
+        self._report = report
+        self._router_command = router_command
+        self._token = router.token
+        self._membership = Membership()
+        self._peers: dict[
+            str, frozenset[str]
+        ] = {}  # incarnation of a decode worker -> incarnations it is linked to
+        self._router: RouterStarted | None = None
+        self._router_child: ChildProcess | None = None
+        self._handles: set[WorkerHandle] = set()
+        self._launcher_open = asyncio.Event()
+        self._was_ready = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event, announce: Callable[[RouterStarted], None]) -> None:
+        """Runs until `stop` is set; calls `announce` once, when all is ready.
+
+        Raises SupervisorError when the deployment does not get ready. Either way all that was started is over then.
+        """
+        self._report.open()
+        jobs: list[Coroutine[Any, Any, None]] = [self._open_launcher(), self._keep_router()]
+        jobs += [self._keep_worker(seat) for seat in self._seats]
+        jobs += [self._announce_when_ready(announce)]
+        tasks: set[asyncio.Task[Any]] = {asyncio.create_task(job) for job in jobs}
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            running = set(tasks)
+            while running and not stopping.done():
+                done, running = await asyncio.wait({*running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                running.discard(stopping)
+                for task in done - {stopping}:
+                    task.result()  # raises what ended it; only the short jobs end well
+        finally:
+            self._report.close()
+            for task in {*tasks, stopping}:
+                task.cancel()
+            await asyncio.gather(*tasks, stopping, return_exceptions=True)
+            await self._stop_all()
+
+    def kill_now(self) -> None:
+        """Kills everything without waiting: the second Ctrl-C."""
+        if self._router_child is not None:
+            self._router_child.kill_now()
+        self._launcher.kill_now()
+        guard.sweep(self._mark)
+
+    # ---- workers -----------------------------------------------------------------------------------------------
+
+    async def _open_launcher(self) -> None:
+        if self._launcher.name == "ray":
+            self._report.starting("ray")
+        try:
+            await self._launcher.open()
+        except StartError as error:
+            raise SupervisorError(str(error)) from None
+        if self._launcher.name == "ray":
+            self._report.ready("ray", f"address {self._settings.address}")
+        self._launcher_open.set()
+
+    async def _keep_worker(self, seat: Seat) -> None:
+        await self._launcher_open.wait()
+        await self._keep(seat.spec.worker_id, lambda: self._worker_life(seat))
+
+    async def _worker_life(self, seat: Seat) -> str:
+        """Starts the worker, watches it until it dies, and returns why; raises StartError."""
+        handle = await self._launcher.start_worker(seat.occupied(uuid.uuid4().hex), seat.place)
+        self._handles.add(handle)
+        started = handle.started
+        self._report.ready(
+            started.worker_id,
+            f"pid {started.pid}, {started.address}, {started.blocks} KV blocks, transport {started.transport or '-'}",
+        )
+        watchers = [asyncio.create_task(handle.wait_dead()), asyncio.create_task(self._hear(started))]
+        pushing = None
+        if started.role == "decode":
+            pushing = asyncio.create_task(push_members(started.address, self._token, self._membership))
+        self._membership.join(started)
+        try:
+            done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
+            reason = next(task for task in watchers if task in done).result()
+        finally:
+            self._membership.leave(started)
+            self._peers.pop(started.incarnation, None)
+            await _cancel(*watchers, pushing)
+        await handle.kill()
+        self._handles.discard(handle)
+        return f"{reason}; the end of its log:\n{self._launcher.log_tail(started.worker_id)}"
+
+    async def _hear(self, started: Started) -> str:
+        """Asks the worker for its state all the time; returns when it has been silent for too long."""
+        async with rpc.channel(started.address) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            heard = time.monotonic()
+            while True:
+                try:
+                    status = await stub.Describe(
+                        worker_pb2.DescribeRequest(), timeout=_ASK_S, metadata=rpc.credentials(self._token)
+                    )
+                    heard = time.monotonic()
+                    if started.role == "decode":
+                        self._peers[started.incarnation] = frozenset(status.peers)
+                except grpc.aio.AioRpcError as error:
+                    silent_s = time.monotonic() - heard
+                    if silent_s > self._settings.silence_s:
+                        return f"its process runs but it has not answered for {silent_s:.0f} s ({error.code().name})"
+                await asyncio.sleep(_ASK_EVERY_S if self._was_ready.is_set() else _ASK_EVERY_AT_START_S)
+
+    # ---- router ------------------------------------------------------------------------------------------------
+
+    async def _keep_router(self) -> None:
+        await self._keep("router", self._router_life)
+
+    async def _router_life(self) -> str:
+        path = self._log_dir / "router.log"
+        child, line = await ChildProcess.start(
+            self._router_command,
+            msgspec.json.encode(self._router_spec),
+            name="router",
+            log=path,
+            timeout_s=self._settings.start_timeout_s,
+            environment={guard.MARK: self._mark},
+        )
+        self._router_child = child
+        started = msgspec.json.decode(line, type=RouterStarted)
+        # A new life listens where the first one did, so that clients find it.
+        self._router_spec = msgspec.structs.replace(self._router_spec, http=started.http, grpc=started.grpc)
+        self._router = started
+        self._report.ready("router", f"pid {started.pid}, http {started.http}, grpc {started.grpc}")
+        pushing = asyncio.create_task(push_members(dialable(started.grpc), self._token, self._membership))
+        try:
+            reason = await child.wait_dead()
+        finally:
+            self._router = None
+            await _cancel(pushing)
+        await child.kill()
+        return f"{reason}; the end of its log:\n{log_tail(path)}"
+
+    # ---- common ------------------------------------------------------------------------------------------------
+
+    async def _keep(self, name: str, life: Callable[[], Coroutine[Any, Any, str]]) -> None:
+        """One life after the other, with pauses."""
+        settings = self._settings
+        backoff = Backoff(
+            settings.restart_backoff_s, settings.restart_backoff_max_s, settings.restart_reset_s
+        )
+        attempts = 0
+        while True:
+            self._report.starting(name)
+            begun = time.monotonic()
+            try:
+                reason = f"{name} {await life()}"
+            except StartError as error:
+                reason = str(error)
+            attempts += 1
+            if not self._was_ready.is_set() and attempts >= settings.start_attempts:
+                tries = f" (attempt {attempts} of {settings.start_attempts})" if attempts > 1 else ""
+                raise SupervisorError(f"{reason}\nthe deployment was not ready yet, giving up{tries}")
+            pause_s = backoff.after(time.monotonic() - begun)
+            self._report.problem(f"{reason}\n{name}: starting it again in {pause_s:.1f} s")
+            await asyncio.sleep(pause_s)
+
+    async def _announce_when_ready(self, announce: Callable[[RouterStarted], None]) -> None:
+        self._report.starting("links")
+        deadline = time.monotonic() + self._settings.start_timeout_s
+        while missing := await self._missing():
+            if self._absent():
+                # Starting is bounded for each process by itself, with a better message.
+                deadline = time.monotonic() + self._settings.start_timeout_s
+            if time.monotonic() > deadline:
+                raise SupervisorError(
+                    f"not ready within {self._settings.start_timeout_s:g} s (cluster.start_timeout_s): {missing}"
+                )
+            await asyncio.sleep(_ASK_EVERY_AT_START_S)
+        assert self._router is not None
+        self._was_ready.set()
+        self._report.close()
+        announce(self._router)
+
+    def _absent(self) -> list[str]:
+        present = {
+            member.worker_id for role in ("prefill", "decode") for member in self._membership.role(role)
+        }
+        return [seat.spec.worker_id for seat in self._seats if seat.spec.worker_id not in present]
+
+    async def _missing(self) -> str:
+        """What the deployment still waits for; empty when it is ready."""
+        present = {
+            member.worker_id for role in ("prefill", "decode") for member in self._membership.role(role)
+        }
+        absent = [seat.spec.worker_id for seat in self._seats if seat.spec.worker_id not in present]
+        if absent:
+            return f"{', '.join(absent)} not started"
+        if self._router is None:
+            return "the router has not started"
+        for decode in self._membership.role("decode"):
+            linked = self._peers.get(decode.incarnation, frozenset())
+            apart = [
+                member.worker_id
+                for member in self._membership.role("prefill")
+                if member.incarnation not in linked
+            ]
+            if apart:
+                return f"{decode.worker_id} is not linked with {', '.join(apart)}"
+        address = dialable(self._router.grpc)
+        try:
+            async with rpc.channel(address) as channel:
+                stub = inference_pb2_grpc.InferenceStub(channel)
+                status = await stub.Status(inference_pb2.StatusRequest(), timeout=_ASK_S)
+        except grpc.aio.AioRpcError as error:
+            return f"the router at {address} does not answer: {error.code().name} {error.details()}"
+        return "" if status.ready and self._router is not None else "the router does not say that it is ready"
+
+    async def _stop_all(self) -> None:
+        """The router first, so that what it still streams can end; then the workers together; then what is left."""
+        ends = time.monotonic() + self._settings.stop_timeout_s
+        if self._router_child is not None:
+            await self._router_child.stop(self._settings.stop_timeout_s / 2)
+        stops = [handle.stop(max(0.1, ends - time.monotonic())) for handle in self._handles]
+        await asyncio.gather(*stops, return_exceptions=True)
+        await self._launcher.close()
+
+
+def dialable(address: str) -> str:
+    """An address to connect to: a server on all interfaces is reached over loopback."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]", "") else address
+
+
+async def _cancel(*tasks: asyncio.Task[Any] | None) -> None:
+    present = [task for task in tasks if task is not None]
+    for task in present:
+        task.cancel()
+    await asyncio.gather(*present, return_exceptions=True)

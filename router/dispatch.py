@@ -1,0 +1,271 @@
+"""The life of a request in the router: decide, book, submit, pass tokens on, end exactly once.
+
+It implements `router.dispatch_api.Dispatcher` over the links to all workers, and `baton.v1.Membership`, by which the
+supervisor says which workers there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from baton import RELEASE
+from baton.v1 import inference_pb2 as api
+from baton.v1 import worker_pb2 as pb
+from engine.api import Trace
+from router.dispatch_api import Ended, NewTokens, Prompt, RefusalKind, Refused
+from router.links import WorkerLink
+from router.policy import POLICIES, Ask, Decision, NoWorker
+from router.spec import RouterSpec
+from router.view import ClusterView
+
+log = logging.getLogger("baton.router")
+
+RETRY_AFTER_S = 1.0
+
+
+class Flight:
+    """One request under way: what has come for it and was not taken yet. One consumer."""
+
+    __slots__ = ("_events", "_waiter", "decision", "first_token_seen", "key", "link")
+
+    def __init__(self, key: int, link: WorkerLink, decision: Decision) -> None:
+        self.key = key
+        self.link = link
+        self.decision = decision
+        self.first_token_seen = False
+        self._events: deque[NewTokens | Ended | Refused] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, event: NewTokens | Ended | Refused) -> None:
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next(self) -> NewTokens | Ended | Refused:
+        while not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        event = self._events.popleft()
+        if isinstance(event, NewTokens):
+            # A slow client gets what piled up in one piece.
+            while self._events and isinstance(self._events[0], NewTokens):
+                more = self._events.popleft()
+                assert isinstance(more, NewTokens)
+                event = NewTokens(event.first_index, event.ids + more.ids)
+        return event
+
+
+class WorkerDispatcher:
+    """Requests to workers and back."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        self.spec = spec
+        self.cluster = ClusterView()
+        self.counters: Counter[str] = Counter()
+        self._policy = POLICIES[spec.policy]
+        self._links: dict[str, WorkerLink] = {}  # by worker id
+        self._flights: dict[int, Flight] = {}
+        self._next_key = 1
+        self._members_version = 0
+
+    # ---- the doors' side ---------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        return any(link.up and link.member.role == "decode" for link in self._links.values())
+
+    @property
+    def active(self) -> int:
+        return len(self._flights)
+
+    async def generate(self, prompt: Prompt) -> AsyncGenerator[NewTokens | Ended, None]:
+        """See `Dispatcher.generate`."""
+        if len(self._flights) >= self.spec.max_active:
+            raise Refused(
+                RefusalKind.NO_ROOM,
+                f"this router has {self.spec.max_active} requests already",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        flight = self._submit(prompt)
+        ended = False
+        try:
+            while not ended:
+                event = await flight.next()
+                ended = not isinstance(event, NewTokens)
+                if isinstance(event, Refused):
+                    raise event
+                yield event
+        finally:
+            if not ended:  # the client is gone: nobody is to work for it any longer
+                flight.link.send(pb.ToWorker(cancel=pb.Cancel(key=flight.key)))
+                self._land(flight)
+
+    def _submit(self, prompt: Prompt) -> Flight:
+        uncached = len(prompt.tokens) - 1
+        ask = Ask(len(prompt.tokens), uncached, self.spec.local_below_tokens, self.spec.max_prefill_waiting)
+        try:
+            decision = self._policy(ask, self.cluster.view, time.monotonic())
+        except NoWorker as error:
+            raise Refused(RefusalKind.UNAVAILABLE, str(error), retry_after_s=RETRY_AFTER_S) from None
+        link = self._links[decision.decode_worker]
+        flight = Flight(self._next_key, link, decision)
+        self._next_key += 1
+        self._flights[flight.key] = flight
+        self.cluster.decode.place(decision.decode_worker, 1)
+        if decision.prefill_worker is not None:
+            self.cluster.prefill.place(decision.prefill_worker, 1)
+        self.counters["remote" if decision.prefill_worker else "local"] += 1
+        link.send(pb.ToWorker(submit=_submit_message(flight.key, prompt, decision)))
+        return flight
+
+    def _land(self, flight: Flight) -> None:
+        """The request is over for this router."""
+        if self._flights.pop(flight.key, None) is None:
+            return
+        self.cluster.decode.place(flight.decision.decode_worker, -1)
+        self._prefilled(flight)
+
+    def _prefilled(self, flight: Flight) -> None:
+        if not flight.first_token_seen:
+            flight.first_token_seen = True
+            if flight.decision.prefill_worker is not None:
+                self.cluster.prefill.place(flight.decision.prefill_worker, -1)
+
+    # ---- the workers' side -------------------------------------------------------------------------------------
+
+    def _on_message(self, link: WorkerLink, message: pb.FromWorker) -> None:
+        for entry in message.tokens:
+            flight = self._flights.get(entry.key)
+            if flight is not None:
+                self._prefilled(flight)
+                flight.push(NewTokens(entry.first_index, list(entry.ids)))
+        for end in message.ends:
+            flight = self._flights.get(end.key)
+            if flight is not None:
+                flight.push(self._end(flight, end))
+                self._land(flight)
+        if message.HasField("status"):
+            self._report(link)
+
+    def _report(self, link: WorkerLink) -> None:
+        status = link.status
+        book = self.cluster.decode if link.member.role == "decode" else self.cluster.prefill
+        work = (
+            status.waiting + status.running + status.handoffs
+            if link.member.role == "decode"
+            else status.handoffs
+        )
+        book.report(link.member.worker_id, work)
+        book.set_usable(link.member.worker_id, True)
+
+    def _end(self, flight: Flight, end: pb.RequestEnd) -> Ended | Refused:
+        if end.reason in ("stop", "length"):
+            worker = flight.decision.decode_worker
+            return Ended(end.reason, _trace(end.trace), worker, flight.decision.reason)
+        self.counters[f"ended_{end.reason}"] += 1
+        if end.reason == "no_room":
+            return Refused(RefusalKind.NO_ROOM, f"no room: {end.detail}", retry_after_s=RETRY_AFTER_S)
+        if end.reason == "invalid":
+            return Refused(RefusalKind.INVALID, end.detail)
+        return Refused(RefusalKind.INTERNAL, end.detail or f"the request ended: {end.reason}")
+
+    def _on_down(self, link: WorkerLink, reason: str) -> None:
+        book = self.cluster.decode if link.member.role == "decode" else self.cluster.prefill
+        book.set_usable(link.member.worker_id, False)
+        book.report(link.member.worker_id, 0)
+        for flight in [f for f in self._flights.values() if f.link is link]:
+            flight.push(
+                Refused(
+                    RefusalKind.UNAVAILABLE,
+                    f"{link.member.worker_id} was lost ({reason}); try again",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            )
+            self._land(flight)
+
+    # ---- membership and status ---------------------------------------------------------------------------------
+
+    async def SetMembers(self, members: pb.Members, context: Any) -> pb.MembersAck:
+        """`baton.v1.Membership`: the whole list; an older version than the last is ignored."""
+        if members.version >= self._members_version:
+            self._members_version = members.version
+            await self._set_members(list(members.members))
+        return pb.MembersAck(version=self._members_version)
+
+    async def _set_members(self, members: list[pb.Member]) -> None:
+        wanted = {member.worker_id: member for member in members}
+        old = self._links
+        self._links = {}
+        gone = []
+        for worker_id, link in old.items():
+            if worker_id in wanted and wanted[worker_id].incarnation == link.member.incarnation:
+                self._links[worker_id] = link
+            else:
+                gone.append(link)
+        for worker_id, member in wanted.items():
+            if worker_id not in self._links:
+                self._links[worker_id] = WorkerLink(member, self.spec.token, self._on_message, self._on_down)
+        self.cluster.set_workers(
+            [worker_id for worker_id, member in wanted.items() if member.role == "decode"],
+            [worker_id for worker_id, member in wanted.items() if member.role == "prefill"],
+        )
+        for link in gone:
+            await link.close()
+            if (
+                link.member.worker_id in self._links
+            ):  # a new incarnation: nothing of it is usable or reported yet
+                replaced = self._links[link.member.worker_id]
+                if replaced.up:
+                    self._report(replaced)
+
+    def status(self) -> api.StatusResponse:
+        return api.StatusResponse(
+            router=self.spec.router_id,
+            release=RELEASE,
+            ready=self.ready,
+            active_requests=self.active,
+            workers=[link.status for link in self._links.values()],
+            policy=self.spec.policy,
+        )
+
+    async def close(self) -> None:
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+
+
+def _submit_message(key: int, prompt: Prompt, decision: Decision) -> pb.Submit:
+    sampling = prompt.sampling
+    return pb.Submit(
+        key=key,
+        request_id=prompt.request_id,
+        prompt=prompt.tokens,
+        sampling=pb.EngineSampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=sampling.stop_token_ids,
+        ),
+        prefill_worker=decision.prefill_worker or "",
+        local_below_tokens=decision.local_below_tokens,
+        salt=prompt.salt,
+    )
+
+
+def _trace(trace: api.Trace) -> Trace:
+    names = {
+        "prefilled",
+        "prefill_worker",
+        "cached_tokens",
+        "remote_tokens",
+        "handoff_bytes",
+        "queue_s",
+        "handoff_s",
+    }
+    names |= {"prefill_s", "ttft_s", "decode_s", "fallback"}
+    return Trace(**{name: getattr(trace, name) for name in names})

@@ -1,0 +1,109 @@
+"""The router's streams to workers: one long-lived session each, tokens of all requests in one message per step.
+
+A link dials its worker as long as the membership names it. It is up while the stream is open and the worker's engine
+shows life; a silent engine is as lost as a dead one. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc.aio
+
+from baton import rpc
+from baton.v1 import inference_pb2 as api
+from baton.v1 import worker_pb2 as pb
+from baton.v1 import worker_pb2_grpc
+
+log = logging.getLogger("baton.router")
+
+# A worker speaks every 200 ms between steps; a step of a long prompt chunk on a slow CPU takes seconds.
+SILENCE_S = 15.0
+BACKOFF_S = (0.05, 1.0)
+
+
+class WorkerLink:
+    """One incarnation of one worker."""
+
+    def __init__(
+        self,
+        member: pb.Member,
+        token: str,
+        on_message: Callable[[WorkerLink, pb.FromWorker], None],
+        on_down: Callable[[WorkerLink, str], None],
+    ) -> None:
+        self.member = member
+        self.status = api.WorkerStatus(
+            worker_id=member.worker_id,
+            role=member.role,
+            incarnation=member.incarnation,
+            address=member.address,
+            alive=False,
+        )
+        self.up = False
+        self._token = token
+        self._on_message = on_message
+        self._on_down = on_down
+        self._outbox: asyncio.Queue[pb.ToWorker] = asyncio.Queue()
+        self._task = asyncio.create_task(self._keep())
+
+    def send(self, message: pb.ToWorker) -> None:
+        """Queues a message for the open stream; without one it is dropped (its requests have been told so)."""
+        if self.up:
+            self._outbox.put_nowait(message)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        backoff = BACKOFF_S[0]
+        while True:
+            reason = "it left the cluster"
+            try:
+                reason = await self._talk()
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+            finally:
+                was_up = self._set_down(reason)
+            backoff = BACKOFF_S[0] if was_up else min(2 * backoff, BACKOFF_S[1])
+            await asyncio.sleep(backoff)
+
+    def _set_down(self, reason: str) -> bool:
+        was_up, self.up, self.status.alive = self.up, False, False
+        if was_up:
+            log.warning("%s is lost: %s", self.member.worker_id, reason)
+            self._on_down(self, reason)
+        return was_up
+
+    async def _talk(self) -> str:
+        self._outbox = asyncio.Queue()
+        async with rpc.channel(self.member.address) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            call = stub.Session(_drain(self._outbox), metadata=rpc.credentials(self._token))
+            try:
+                while True:
+                    message = await self._next(call)
+                    if message is None:
+                        return "the worker closed the stream"
+                    if message.HasField("status"):
+                        self.status.CopyFrom(message.status)
+                    self.up = True
+                    self._on_message(self, message)
+            except TimeoutError:
+                return f"its engine was silent for {SILENCE_S:g} s"
+            finally:
+                call.cancel()
+
+    async def _next(self, call: Any) -> pb.FromWorker | None:
+        async with asyncio.timeout(SILENCE_S):
+            message = await call.read()
+        return None if message is grpc.aio.EOF else message
+
+
+async def _drain(outbox: asyncio.Queue[pb.ToWorker]) -> AsyncIterator[pb.ToWorker]:
+    while True:
+        yield await outbox.get()

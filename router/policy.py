@@ -1,0 +1,99 @@
+"""Where a request runs: the pure heart of the router. No I/O, no clock, no randomness of its own.
+
+A policy is a function (ask, view, now) -> Decision, found by name in `POLICIES`. To add one: write the function,
+enter it there, and test it with a view made by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from router.view import Pool, View
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a policy knows of a request, and the limits it is configured with.
+
+    `uncached_tokens` is the most that may have to be prefilled: the decode worker checks again with exact numbers.
+    """
+
+    prompt_tokens: int
+    uncached_tokens: int
+    local_below_tokens: int
+    max_prefill_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where the request decodes, who prefills (None: the decode worker itself), and why, in words.
+
+    `local_below_tokens`: the decode worker prefills a shorter uncached suffix itself whatever is said here.
+    """
+
+    decode_worker: str
+    prefill_worker: str | None
+    reason: str
+    local_below_tokens: int
+
+
+class NoWorker(Exception):
+    """No decode worker can be reached."""
+
+
+Policy = Callable[[Ask, View, float], Decision]
+
+
+def threshold(ask: Ask, view: View, now: float) -> Decision:
+    """The peers' rule: remote when the uncached suffix is long enough and the prefill queue short enough."""
+    decode_worker = _least_loaded(view.decode)
+    if ask.uncached_tokens < ask.local_below_tokens:
+        reason = f"local: {ask.uncached_tokens} tokens < {ask.local_below_tokens}"
+        return Decision(decode_worker, None, reason, ask.local_below_tokens)
+    at = _least_loaded_index(view.prefill)
+    if at is None:
+        return Decision(decode_worker, None, "local: no prefill worker", ask.local_below_tokens)
+    queue = int(view.prefill.load[at])
+    if queue >= ask.max_prefill_waiting:
+        reason = f"local: {queue} hand-offs at the least loaded prefill worker >= {ask.max_prefill_waiting}"
+        return Decision(decode_worker, None, reason, ask.local_below_tokens)
+    reason = f"remote: {ask.uncached_tokens} tokens >= {ask.local_below_tokens}, {queue} hand-offs ahead"
+    return Decision(decode_worker, view.prefill.ids[at], reason, ask.local_below_tokens)
+
+
+def always_remote(ask: Ask, view: View, now: float) -> Decision:
+    """Remote whenever there is a prefill worker and something to prefill."""
+    decode_worker = _least_loaded(view.decode)
+    at = _least_loaded_index(view.prefill)
+    if at is None:
+        return Decision(decode_worker, None, "local: no prefill worker", 0)
+    return Decision(decode_worker, view.prefill.ids[at], "remote: always", 0)
+
+
+def always_local(ask: Ask, view: View, now: float) -> Decision:
+    """Never remote."""
+    return Decision(_least_loaded(view.decode), None, "local: always", 0)
+
+
+POLICIES: dict[str, Policy] = {
+    "threshold": threshold,
+    "always-remote": always_remote,
+    "always-local": always_local,
+}
+
+
+def _least_loaded(pool: Pool) -> str:
+    at = _least_loaded_index(pool)
+    if at is None:
+        raise NoWorker("no decode worker can be reached")
+    return pool.ids[at]
+
+
+def _least_loaded_index(pool: Pool) -> int | None:
+    """The usable worker with the least work, the first among equals; None when none is usable."""
+    if not pool.usable.any():
+        return None
+    return int(np.argmin(np.where(pool.usable, pool.load, np.iinfo(np.int64).max)))

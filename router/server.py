@@ -1,0 +1,164 @@
+"""The router process: both front doors over one dispatcher, and the life of the process.
+
+`python -m router` runs it; see `router.spec` for how it is told what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import grpc.aio
+import msgspec
+import uvicorn
+
+from baton import rpc
+from baton.v1 import worker_pb2_grpc
+from router.dispatch import WorkerDispatcher
+from router.generation import Generation
+from router.grpc_door import add_public_services
+from router.http_door import create_app
+from router.spec import RouterSpec, RouterStarted
+from router.text import TextCodec
+
+log = logging.getLogger("baton.router")
+
+GRACE_S = 2
+
+
+class CannotListen(RuntimeError):
+    """A door's address cannot be bound; says which, why and what to do."""
+
+
+class Router:
+    """One router: start, wait, stop."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        self.spec = spec
+        self.dispatcher = WorkerDispatcher(spec)
+        self.generation = Generation(
+            TextCodec.load(spec.model_path),
+            self.dispatcher,
+            served_name=spec.served_name,
+            max_model_len=spec.max_model_len,
+        )
+        self._grpc: grpc.aio.Server | None = None
+        self._http: _HttpServer | None = None
+        self._http_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> RouterStarted:
+        """Opens both doors. Raises CannotListen."""
+        grpc_host, grpc_port = _split(self.spec.grpc, "router.grpc")
+        self._grpc = rpc.server(self.spec.token)
+        add_public_services(self._grpc, self.generation, self.dispatcher.status)
+        worker_pb2_grpc.add_MembershipServicer_to_server(self.dispatcher, self._grpc)
+        try:
+            port = self._grpc.add_insecure_port(f"{grpc_host}:{grpc_port}")
+        except RuntimeError as error:
+            raise CannotListen(_advice(self.spec.grpc, "router.grpc", str(error))) from None
+        await self._grpc.start()
+        listener = _listen(self.spec.http)
+        config = uvicorn.Config(
+            create_app(self.generation),
+            log_level="warning",
+            lifespan="off",
+            timeout_graceful_shutdown=GRACE_S,
+            backlog=2048,
+        )
+        self._http = _HttpServer(config)
+        self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
+        http_host, http_port = listener.getsockname()[:2]
+        return RouterStarted(http=f"{http_host}:{http_port}", grpc=f"{grpc_host}:{port}", pid=os.getpid())
+
+    async def stop(self) -> None:
+        """Closes the doors; requests under way get a moment to end."""
+        if self._http is not None:
+            self._http.should_exit = True
+        if self._grpc is not None:
+            await self._grpc.stop(GRACE_S)
+        if self._http_task is not None:
+            await asyncio.wait({self._http_task}, timeout=2 * GRACE_S)
+        await self.dispatcher.close()
+
+
+class _HttpServer(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the router's, not uvicorn's."""
+        yield
+
+
+def _split(address: str, key: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise CannotListen(f"{key}: {address!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _listen(address: str) -> socket.socket:
+    host, port = _split(address, "router.http")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise CannotListen(_advice(address, "router.http", error.strerror or str(error))) from None
+
+
+def _advice(address: str, key: str, error: str) -> str:
+    return (
+        f"{key}: cannot listen on {address} ({error}): is another server running there? Choose another port."
+    )
+
+
+async def _serve(spec: RouterSpec, stop: asyncio.Event) -> int:
+    router = Router(spec)
+    try:
+        started = await router.start()
+    except CannotListen as error:
+        log.error("%s", error)
+        await router.stop()
+        return 2
+    sys.stdout.write(msgspec.json.encode(started).decode() + "\n")
+    sys.stdout.flush()
+    await stop.wait()
+    await router.stop()
+    return 0
+
+
+async def _main() -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C is the supervisor's to handle
+    line = await loop.run_in_executor(None, sys.stdin.readline)
+    spec = msgspec.json.decode(line, type=RouterSpec)
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s {spec.router_id} %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+
+    async def until_orphaned() -> None:
+        # Whoever started us closes our standard input when it dies, however it dies.
+        reader = asyncio.StreamReader()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        while await reader.read(4096):
+            pass
+        stop.set()
+
+    orphaned = asyncio.create_task(until_orphaned())
+    try:
+        return await _serve(spec, stop)
+    finally:
+        orphaned.cancel()
+
+
+def main() -> None:
+    import uvloop
+
+    os._exit(uvloop.run(_main()))

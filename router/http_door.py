@@ -209,7 +209,7 @@ class _EventStream(Response):
         self._events = events
         self._choices = choices
         self._with_usage = with_usage
-        self._headers = headers
+        self._extra_headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -223,7 +223,7 @@ class _EventStream(Response):
             try:
                 first = await anext(events)
             except Exception as error:
-                await _refusal(_as_refused(error), self._headers)(scope, receive, send)
+                await _refusal(_as_refused(error), self._extra_headers)(scope, receive, send)
                 return
             start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             await send(start)

@@ -105,9 +105,14 @@ class TextCodec:
         """Ids of a text. `add_special_tokens`: those of the post-processor, usually one at the beginning.
 
         As in transformers, `add_bos_token` in tokenizer_config.json changes nothing where there is a tokenizer.json.
+        Raises UnicodeEncodeError for text with lone surrogates.
         """
-        # encode_batch_fast keeps no offsets and lets go of the interpreter lock; `encode` does neither.
-        encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            # encode_batch_fast keeps no offsets and lets go of the interpreter lock; `encode` does neither.
+            encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except TypeError:  # what the library says of a text that it cannot read as UTF-8
+            text.encode()
+            raise
         return list(encoded[0].ids)
 
     async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

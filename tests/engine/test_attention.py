@@ -27,7 +27,7 @@ class Batch:
         self.rows, self.block_size = rows, block_size
         self.decodes = sum(count == 1 for _, count in rows)
         widths = [-(-(start + count) // block_size) for start, count in rows]
-        ids = rng.sample(range(sum(widths) + 5), sum(widths))
+        ids = rng.sample(range(1, sum(widths) + 5), sum(widths))  # block 0 is nobody's
         self.tables = [np.array([ids.pop() for _ in range(width)], dtype=np.int32) for width in widths]
         self.cache = torch.full((2, sum(widths) + 5, block_size, kv_heads, dim), torch.nan)
         self.contexts = [torch.randn(2, start + count, kv_heads, dim) for start, count in rows]

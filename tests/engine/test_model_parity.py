@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.api import SamplingParams
 from engine.plan import BlockTable, Row, StepPlan
 from engine.runner import Runner, load_runner
+from engine.sampler import sample
 
 torch.set_num_threads(1)
 
@@ -144,7 +145,7 @@ def make_prompts(lengths: list[int], vocab: int = 320) -> list[list[int]]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_greedy_tokens_equal_transformers(shape: str, tmp_path: Path) -> None:
     model = make_model(tmp_path, **SHAPES[shape])
-    prompts = make_prompts([1, 5, 16, 33, 150, 300])
+    prompts = make_prompts([33, 1, 300, 5, 150, 16])
     runner = load_runner(tmp_path, num_blocks=128, block_size=16)
     driver = Driver(runner, 4096)
     rows = [driver.row(Sequence(prompt, 1), len(prompt), GREEDY) for prompt in prompts]
@@ -155,7 +156,7 @@ def test_logits_and_greedy_tokens_equal_transformers(shape: str, tmp_path: Path)
         assert expected.std() > 0.1  # a flat model would agree with anything
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
-    counts = [12, 40, 8, 16, 10, 6]
+    counts = [16, 40, 6, 12, 10, 8]
     expected_tokens = [reference(model, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
     assert all(len(set(tokens)) > 3 for tokens in expected_tokens)  # nor one that repeats itself
     for budget in (16, 128, 2048):
@@ -206,6 +207,21 @@ def test_rows_that_draw_nothing_leave_the_same_cache(tmp_path: Path) -> None:
         assert (sampled == [-1, -1]) == (sampling is None)
         caches.append(torch.stack(runner.kv_cache.layers))
     assert torch.equal(caches[0], caches[1])
+
+
+def test_drawn_tokens_depend_on_the_request_alone(tmp_path: Path) -> None:
+    """Whatever the budget and the company, and resumed with the tokens so far as a longer prompt."""
+    model = make_model(tmp_path)
+    prompts = make_prompts([40, 3, 17])
+    sampling = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, seed=11, choice=2)
+    runner = load_runner(tmp_path, num_blocks=32)
+    tokens = Driver(runner, 16).run(prompts, [20, 30, 25], sampling)
+    assert Driver(runner, 2048).run(prompts[:1], [20], sampling) == tokens[:1]
+    assert Driver(runner, 64).run([prompts[1] + tokens[1][:13]], [17], sampling) == [tokens[1][13:]]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompts[2]])).logits[0, -1:]
+    assert sample(logits, [sampling], [len(prompts[2])]).item() == tokens[2][0]
+    assert tokens != Driver(runner, 2048).run(prompts, [20, 30, 25])
 
 
 def test_bfloat16_is_near(tmp_path: Path) -> None:

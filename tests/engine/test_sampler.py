@@ -164,9 +164,10 @@ def test_extremes() -> None:
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(5)) * 100
     best = logits.argmax().item()
     for params in (
-        SamplingParams(temperature=1e-30),
+        SamplingParams(temperature=1e-310),
         SamplingParams(temperature=1e-30, top_k=5, top_p=0.5),
         SamplingParams(top_p=1e-9),
+        SamplingParams(top_p=0.0),
         SamplingParams(top_k=1, temperature=100.0),
     ):
         assert sample(logits, [params], [0]).item() == best

@@ -35,6 +35,7 @@ from kvtransfer.messages import (
     Done,
     Failed,
     Hello,
+    Linked,
     MoverReport,
     Probe,
     Probed,
@@ -54,7 +55,12 @@ class Peer:
     """A prefill worker's incarnation, as long as its control stream lives."""
 
     hello: Hello
-    connected: bool = False
+    reaches: bool = False  # our transport has connected to it
+    linked: bool = False  # its transport has connected to us
+
+    @property
+    def connected(self) -> bool:
+        return self.reaches and self.linked
 
     @property
     def incarnation(self) -> str:
@@ -239,6 +245,11 @@ class LandingZone:
 
     def from_peer(self, event: FromPeer, now: float) -> None:
         message = event.message
+        if isinstance(message, Linked):
+            peer = self._peers.get(event.peer)
+            if peer is not None and peer.hello.epoch == event.epoch:
+                peer.linked = True
+            return
         if isinstance(message, Quiet):
             self.leases.quiet(event.peer, message.handoff_id, message.epoch)
             return
@@ -280,7 +291,7 @@ class LandingZone:
         peer = self._peers.get(report.peer)
         if peer is None:
             return
-        peer.connected = not report.error
+        peer.reaches = not report.error
         if report.error:
             self._counters["peers_refused"] += 1
             self._actions.append(PeerRefused(report.peer, report.error))

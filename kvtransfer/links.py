@@ -41,7 +41,7 @@ class LinkEvents:
         self.lost = lost
 
 
-class Link:
+class OpenLink:
     """The writing half of one control stream."""
 
     def __init__(self, epoch: int) -> None:
@@ -60,12 +60,12 @@ class Links:
     """The open links of one worker, by the peer's incarnation."""
 
     def __init__(self) -> None:
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, OpenLink] = {}
 
-    def open(self, peer: str, link: Link) -> None:
+    def open(self, peer: str, link: OpenLink) -> None:
         self._links[peer] = link
 
-    def close(self, peer: str, link: Link) -> None:
+    def close(self, peer: str, link: OpenLink) -> None:
         if self._links.get(peer) is link:
             del self._links[peer]
 
@@ -114,7 +114,7 @@ class Dialer:
 
     async def _talk(self, incarnation: str, address: str, epoch: int) -> bool:
         """One stream from hello to break; True when it got past hello."""
-        link = Link(epoch)
+        link = OpenLink(epoch)
         link.send(msgspec.structs.replace(self._hello, epoch=epoch))
         up = False
         async with rpc.channel(address) as channel:
@@ -155,7 +155,7 @@ class HandoffService:
         if not isinstance(hello, Hello):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a control stream begins with a hello")
             return
-        link = Link(hello.epoch)
+        link = OpenLink(hello.epoch)
         link.send(msgspec.structs.replace(self._hello, epoch=hello.epoch))
         self.links.open(hello.incarnation, link)
         self._events.up(hello)
@@ -168,7 +168,7 @@ class HandoffService:
             self.links.close(hello.incarnation, link)
             self._events.lost(hello.incarnation, hello.epoch)
 
-    async def _write(self, link: Link, context: Any) -> None:
+    async def _write(self, link: OpenLink, context: Any) -> None:
         async for control in link.drain():
             await context.write(control)
 

@@ -56,6 +56,10 @@ class Lease(msgspec.Struct, frozen=True, array_like=True):
     deadline_s: float
 
 
+class Linked(msgspec.Struct, frozen=True, tag=True):
+    """The prefill worker's transport can write into the decode worker's slots: hand-offs may begin."""
+
+
 class Begin(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     handoff_id: int
     request_id: str
@@ -103,7 +107,7 @@ class Quiet(msgspec.Struct, frozen=True, tag=True):
     epoch: int
 
 
-ControlMessage = Hello | Begin | Credit | Abort | ChunkDone | Done | Failed | Quiet
+ControlMessage = Hello | Linked | Begin | Credit | Abort | ChunkDone | Done | Failed | Quiet
 
 
 # ---- jobs for the mover and its reports ------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from kvtransfer.messages import (
     Hello,
     KvSpec,
     Lease,
+    Linked,
     Quiet,
 )
 
@@ -68,6 +69,8 @@ def to_proto(message: ControlMessage) -> pb.Control:
         )
     if isinstance(message, Failed):
         return pb.Control(failed=pb.Failed(handoff_id=message.handoff_id, reason=message.reason))
+    if isinstance(message, Linked):
+        return pb.Control(linked=pb.Linked())
     if isinstance(message, Quiet):
         return pb.Control(quiet=pb.Quiet(handoff_id=message.handoff_id, epoch=message.epoch))
     return pb.Control(hello=_hello_to_proto(message))
@@ -161,6 +164,7 @@ def _read_credit(credit: pb.Credit) -> Credit:
 
 _READERS: dict[str, Callable[[Any], ControlMessage]] = {
     "hello": _read_hello,
+    "linked": lambda x: Linked(),
     "begin": _read_begin,
     "credit": _read_credit,
     "abort": lambda x: Abort(x.handoff_id, x.reason),

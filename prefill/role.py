@@ -32,6 +32,7 @@ from kvtransfer.messages import (
     Failed,
     Hello,
     Lease,
+    Linked,
     MoverReport,
     Quiet,
     SendChunk,
@@ -150,7 +151,9 @@ class PrefillRole:
             peer = self._peers.get(report.peer)
             if peer is not None:
                 peer.connected = not report.error
-                if report.error:
+                if peer.connected:
+                    self._say(report.peer, peer.hello.epoch, Linked())
+                else:
                     self.counters["peers_refused"] += 1
                     self._actions.append(PeerRefused(report.peer, report.error))
 

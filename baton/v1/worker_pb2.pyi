@@ -128,7 +128,7 @@ class RequestEnd(_message.Message):
     def __init__(self, key: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., trace: _Optional[_Union[_inference_pb2.Trace, _Mapping]] = ...) -> None: ...
 
 class Control(_message.Message):
-    __slots__ = ("hello", "begin", "credit", "abort", "chunk_done", "done", "failed", "quiet")
+    __slots__ = ("hello", "begin", "credit", "abort", "chunk_done", "done", "failed", "quiet", "linked")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class Control(_message.Message):
     DONE_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     QUIET_FIELD_NUMBER: _ClassVar[int]
+    LINKED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     begin: Begin
     credit: Credit
@@ -145,7 +146,8 @@ class Control(_message.Message):
     done: Done
     failed: Failed
     quiet: Quiet
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., chunk_done: _Optional[_Union[ChunkDone, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., quiet: _Optional[_Union[Quiet, _Mapping]] = ...) -> None: ...
+    linked: Linked
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., chunk_done: _Optional[_Union[ChunkDone, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., quiet: _Optional[_Union[Quiet, _Mapping]] = ..., linked: _Optional[_Union[Linked, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "release", "worker_id", "incarnation", "epoch", "kv", "transport", "endpoint", "capabilities", "slot_count", "slot_bytes")
@@ -204,6 +206,10 @@ class Lease(_message.Message):
     slot: int
     deadline_s: float
     def __init__(self, lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., chunk: _Optional[int] = ..., slot: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class Linked(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Begin(_message.Message):
     __slots__ = ("handoff_id", "request_id", "tokens", "start", "deadline_s", "salt")

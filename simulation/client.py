@@ -1,0 +1,179 @@
+"""A tiny router: random prompts with shared prefixes and twins, local or remote, cancelled now and then; every answer
+is checked token for token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.api import Cancel, RequestEnd, RequestKey, SamplingParams, StepOutput, Submit
+from simulation.deployment import Deployment
+from simulation.model import VOCABULARY, answer
+from simulation.node import Node
+from simulation.settings import Settings
+from simulation.world import World
+from worker.messages import SessionLost
+
+DELAY_S = (0.0002, 0.005)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What has come back for one request so far."""
+
+    submit: Submit
+    node: Node
+    cancelled: bool = False
+    tokens: list[int] = field(default_factory=list)
+    end: RequestEnd | None = None
+    lost: bool = False
+
+    @property
+    def over(self) -> bool:
+        return self.end is not None or self.lost
+
+
+class Client:
+    """Submits `settings.requests` requests over `settings.load_s` and checks what comes back."""
+
+    def __init__(self, world: World, deployment: Deployment, settings: Settings) -> None:
+        self.world = world
+        self.deployment = deployment
+        self.settings = settings
+        self.unsent = settings.requests
+        self.answers: dict[tuple[str, RequestKey], Answer] = {}
+        self._prompts: list[list[int]] = [[]]
+        self._session_of: dict[int, int] = {}  # slot -> current session number
+        self._next_session = 1
+        for number in range(settings.requests):
+            world.after(world.between(0, settings.load_s), lambda number=number: self._submit(number))
+
+    @property
+    def done(self) -> bool:
+        return not self.unsent and all(answer.over for answer in self.answers.values())
+
+    def open_requests(self) -> list[str]:
+        return [answer.submit.request_id for answer in self.answers.values() if not answer.over]
+
+    # ---- asking --------------------------------------------------------------------------------------------------
+
+    def _submit(self, number: int) -> None:
+        world, random = self.world, self.world.random
+        nodes = self.deployment.alive(decode=True)
+        if not nodes:
+            world.after(0.05, lambda: self._submit(number))
+            return
+        self.unsent -= 1
+        node = random.choice(nodes)
+        prefills = [spec.worker_id for spec in self.settings.nodes if not spec.decode]
+        submit = Submit(
+            request=RequestKey(self._session(random.randrange(self.settings.sessions)), number),
+            request_id=f"r{number}",
+            prompt=self._prompt(),
+            sampling=SamplingParams(
+                temperature=random.choice((0.0, 1.0)),
+                seed=random.randrange(1 << 30),
+                max_tokens=random.randint(1, self.settings.answer_tokens),
+                stop_token_ids=tuple(random.sample(range(VOCABULARY), random.choice((0, 1, 3)))),
+            ),
+            prefill_worker=random.choice(prefills) if world.chance(self.settings.remote) else "",
+            local_below_tokens=random.choice((0, 0, 12)),
+            salt=random.choice(("", "tenant")[: self.settings.salts]),
+        )
+        answer = self.answers[node.incarnation, submit.request] = Answer(submit, node)
+        world.after(world.between(*DELAY_S), lambda: node.receive(submit), node)
+        if world.chance(self.settings.cancels):
+            world.after(world.between(0.0, random.choice((0.01, 0.2, 1.0))), lambda: self._cancel(answer))
+
+    def _prompt(self) -> list[int]:
+        """A twin of an earlier prompt, or a new one that may share a prefix with one."""
+        random = self.world.random
+        model = random.choice(self._prompts)
+        if model and self.world.chance(self.settings.twins):
+            return model
+        length = random.randint(1, self.settings.prompt_tokens)
+        shared = model[: random.randint(0, len(model))][:length]
+        prompt = shared + [random.randrange(VOCABULARY) for _ in range(length - len(shared))]
+        self._prompts.append(prompt)
+        return prompt
+
+    def _cancel(self, answer: Answer) -> None:
+        if not answer.over:
+            answer.cancelled = True
+            self.world.after(
+                self.world.between(*DELAY_S),
+                lambda: answer.node.receive(Cancel(answer.submit.request)),
+                answer.node,
+            )
+
+    def _session(self, slot: int) -> int:
+        if slot not in self._session_of:
+            self._session_of[slot] = self._next_session
+            self._next_session += 1
+        return self._session_of[slot]
+
+    def lose_session(self) -> None:
+        """A router's stream breaks: its workers are told, its requests are nobody's any more."""
+        if not self._session_of:
+            return
+        slot = self.world.random.choice(sorted(self._session_of))
+        session = self._session_of.pop(slot)
+        for answer in self.answers.values():
+            if answer.submit.request.session == session:
+                answer.cancelled = True
+        for node in self.deployment.alive(decode=True):
+            # Later than any submit of this session can be under way.
+            self.world.after(DELAY_S[1], lambda node=node: node.receive(SessionLost(session)), node)
+
+    # ---- listening -----------------------------------------------------------------------------------------------
+
+    def died(self, node: Node) -> None:
+        for answer in self.answers.values():
+            if answer.node is node and not answer.over:
+                answer.lost = True
+                self.world.facts["lost"] += 1
+
+    def output(self, node: Node, output: StepOutput | RequestEnd) -> None:
+        if isinstance(output, RequestEnd):
+            self._end(node, output)
+            return
+        for entry in output.tokens:
+            self._tokens(node, entry.request, entry.first_index, entry.ids)
+        for end in output.ends:
+            self._end(node, end)
+
+    def _tokens(self, node: Node, key: RequestKey, first_index: int, ids: list[int]) -> None:
+        found = self.answers[node.incarnation, key]
+        name = found.submit.request_id
+        if found.over:
+            self.world.violate(f"{name}: tokens after its end")
+        elif first_index != len(found.tokens):
+            self.world.violate(f"{name}: token {first_index} came after {len(found.tokens)} tokens")
+        found.tokens += ids
+
+    def _end(self, node: Node, end: RequestEnd) -> None:
+        found = self.answers[node.incarnation, end.request]
+        submit = found.submit
+        name = submit.request_id
+        if found.over:
+            self.world.violate(f"{name}: a second end, {end.reason}")
+            return
+        found.end = end
+        self.world.facts[f"end_{end.reason}"] += 1
+        expected, reason = answer(submit.prompt, submit.sampling, submit.salt)
+        if end.reason in ("stop", "length"):
+            if found.tokens != expected or end.reason != reason:
+                self.world.violate(f"{name}: answered {found.tokens} {end.reason}, not {expected} {reason}")
+            trace = end.trace
+            self.world.facts[f"prefilled_{trace.prefilled}"] += trace is not None  # type: ignore[union-attr]
+        elif end.reason == "cancelled":
+            if not found.cancelled or found.tokens != expected[: len(found.tokens)]:
+                self.world.violate(f"{name}: cancelled by itself, or wrong until then")
+        elif end.reason == "invalid":
+            room = node.spec.blocks * node.spec.block_size
+            if found.tokens or len(submit.prompt) + submit.sampling.max_tokens <= room:
+                self.world.violate(f"{name}: refused for no reason: {end.detail}")
+        elif end.reason == "no_room":
+            if found.tokens or sum(not other.over for other in self.answers.values()) < node.spec.max_waiting:
+                self.world.violate(f"{name}: refused for no reason: {end.detail}")
+        else:
+            self.world.violate(f"{name}: ended with {end.reason} {end.detail}")

@@ -1,0 +1,78 @@
+"""What one simulated run is like: sizes, load and how much goes wrong. Drawn from a seed, or made by hand for a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from engine.scheduler import Limits
+from simulation.mover import Weather
+from simulation.node import NodeSpec
+
+
+@dataclass(slots=True)
+class Settings:
+    """`faults` are how often each kind of fault strikes during the run."""
+
+    nodes: list[NodeSpec]
+    requests: int = 30
+    load_s: float = 1.0  # the requests arrive within this time
+    prompt_tokens: int = 60  # at most
+    answer_tokens: int = 20  # at most
+    salts: int = 1
+    remote: float = 0.8
+    twins: float = 0.3
+    cancels: float = 0.1
+    sessions: int = 2
+    faults: dict[str, int] = field(default_factory=dict)
+    fault_s: float = 2.0  # faults strike within this time
+    weather: Weather = field(default_factory=Weather)
+    lost_done: float = 0.0
+
+
+FAULTS = ("kill", "break", "part", "freeze", "session")
+
+
+def draw_settings(random: Random) -> Settings:
+    """Anything from a calm, roomy cluster to a cramped one in a storm."""
+    chunk_tokens = random.choice((8, 16, 24))
+    timeout_s = random.choice((0.1, 0.5, 2.0))
+    cramped = random.random() < 0.5
+    nodes = [
+        _node(random, name, chunk_tokens, timeout_s, cramped)
+        for name in [f"decode-{i}" for i in range(random.choice((1, 2, 2, 3)))]
+        + [f"prefill-{i}" for i in range(random.choice((1, 2, 2, 3)))]
+    ]
+    settings = Settings(nodes, requests=random.choice((5, 20, 40)), load_s=random.choice((0.05, 0.5, 2.0)))
+    settings.prompt_tokens = random.choice((20, 60, 120))
+    settings.answer_tokens = random.choice((1, 8, 40))
+    settings.salts = random.choice((1, 1, 2))
+    settings.remote = random.choice((0.5, 0.9, 1.0))
+    settings.twins = random.choice((0.0, 0.3, 0.8))
+    settings.cancels = random.choice((0.0, 0.1, 0.5))
+    settings.sessions = random.choice((1, 3))
+    if random.random() < 0.8:
+        settings.faults = {kind: random.choice((0, 0, 1, 3)) for kind in FAULTS}
+        settings.fault_s = random.choice((0.3, 2.0))
+        settings.weather = Weather(*(random.choice((0.0, 0.0, 0.05, 0.3)) for _ in range(3)))
+        settings.lost_done = random.choice((0.0, 0.0, 0.1))
+    return settings
+
+
+def _node(random: Random, name: str, chunk_tokens: int, timeout_s: float, cramped: bool) -> NodeSpec:
+    decode = name.startswith("decode")
+    block_size = random.choice((4, 8))
+    tokens = random.choice((40, 72, 120)) if cramped else random.choice((400, 1200))
+    return NodeSpec(
+        worker_id=name,
+        decode=decode,
+        blocks=tokens // block_size,
+        block_size=block_size,
+        chunk_tokens=chunk_tokens,
+        slots=random.choice((0, 1, 2, 3, 4, 8)) if decode else 0,
+        limits=Limits(random.choice((3, 8, 32, 128)), random.choice((1, 2, 4, 16))),
+        max_waiting=random.choice((4, 100, 100)),
+        handoff_timeout_s=timeout_s,
+        step_s=random.choice(((0.001, 0.004), (0.005, 0.02), (0.0, 0.1))),
+        token_s=random.choice((0.0, 0.0001, 0.001)),
+    )

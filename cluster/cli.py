@@ -46,6 +46,9 @@ def serve(
     """
     import os
 
+    # Ray starts its processes with fork while our channels are open; gRPC's own fork handlers only complain of that.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from cluster.config import load
     from cluster.config_errors import ConfigError
     from cluster.serve import serve as run

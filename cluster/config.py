@@ -26,7 +26,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 class _Section(BaseModel):
     # strict: a port given as text or a count given as 2.5 is a mistake to name, not to mend.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):

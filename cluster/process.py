@@ -11,14 +11,18 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cluster.config import CHECKOUT
 
 TAIL_LINES = 20
 _LINE_LIMIT = 1 << 20
+_LAST_WORDS_S = 1.0  # between the end of a process and the end of its output, in either order
 
 
 class StartError(RuntimeError):
@@ -48,14 +52,21 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 class ChildProcess:
-    """A running child. Make it with `ChildProcess.start`."""
+    """A running child. Make it with `ChildProcess.start`.
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
+    Not asyncio's own subprocesses: their `wait` lasts until the pipes are closed as well, so a child's death would go
+    unnoticed for as long as a process that it started holds its output.
+    """
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.name = name
         self.log = log
         self._process = process
-        self._drain: asyncio.Task[None] | None = None
         self._gone = False  # killed and reaped: its process group's number may soon be someone else's
+        self._drain: asyncio.Task[None] | None = None
+        self._output: asyncio.ReadTransport | None = None
+        self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        threading.Thread(target=self._reap, args=(self._exit,), name=f"reap {name}", daemon=True).start()
 
     @classmethod
     async def start(
@@ -72,51 +83,37 @@ class ChildProcess:
 
         Raises StartError when it ends or stays silent for `timeout_s`; no process is left then, nor when cancelled.
         """
-        with log.open("ab") as sink:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=sink,
-                env=_environment(environment),
-                limit=_LINE_LIMIT,
-                start_new_session=True,
-            )
-        child = cls(name, process, log)
+        child = cls(name, _spawn(command, log, environment), log)
         try:
-            line = await child._first_line(spec, timeout_s)
+            line, rest = await child._first_line(spec, timeout_s)
         except BaseException:
             await child.kill()
             raise
-        child._drain = asyncio.create_task(child._log_output(), name=f"{name} output")
+        child._drain = asyncio.create_task(child._log_output(rest), name=f"{name} output")
         return child, line
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     async def wait_dead(self) -> str:
         """Waits for the end of the process and says how it ended."""
-        code = await self._process.wait()
+        code = await asyncio.shield(self._exit)
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
     async def stop(self, grace_s: float) -> None:
         """Asks it to end by closing its standard input, and kills what still runs after `grace_s`."""
-        if self._process.returncode is None:
-            self._close_stdin()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), grace_s)
+        self._close_stdin()
+        await asyncio.wait([self._exit], timeout=grace_s)
         await self.kill()
 
     async def kill(self) -> None:
         """Kills the child and what it started, and reaps it."""
         self.kill_now()
-        await self._process.wait()
+        await asyncio.shield(self._exit)
         self._gone = True
         if self._drain is not None:
             # A grandchild that left the session may hold the pipe open: its output is not worth waiting for.
             self._drain.cancel()
             await asyncio.gather(self._drain, return_exceptions=True)
+        if self._output is not None:
+            self._output.close()
 
     def kill_now(self) -> None:
         """Sends SIGKILL to the child's whole process group, without waiting."""
@@ -126,36 +123,66 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
+    def _reap(self, ended: asyncio.Future[int]) -> None:
+        code = self._process.wait()
+        # The loop may be closed already when this process is ending.
+        with contextlib.suppress(RuntimeError):
+            ended.get_loop().call_soon_threadsafe(ended.set_result, code)
+
     def _close_stdin(self) -> None:
-        if self._process.stdin is not None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
-    async def _first_line(self, spec: bytes, timeout_s: float) -> bytes:
-        assert self._process.stdin is not None and self._process.stdout is not None
+    async def _first_line(self, spec: bytes, timeout_s: float) -> tuple[bytes, asyncio.StreamReader]:
+        assert self._process.stdin is not None
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=_LINE_LIMIT)
+        self._output, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
+        )
+        # A spec fits the pipe's buffer, so that writing never blocks.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(spec + b"\n")
+            self._process.stdin.flush()
+        reading = asyncio.create_task(reader.readline())
         try:
-            async with asyncio.timeout(timeout_s):
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    self._process.stdin.write(spec + b"\n")
-                    await self._process.stdin.drain()
-                line = await self._process.stdout.readline()
-                ended = "" if line.endswith(b"\n") else await self.wait_dead()
-        except TimeoutError:
-            raise StartError(
-                f"{self.name} was not ready within {timeout_s:g} s; the end of {self.log}:\n{log_tail(self.log)}"
-            ) from None
-        if ended:
-            raise StartError(
-                f"{self.name} {ended} before it was ready; the end of {self.log}:\n{log_tail(self.log)}"
-            )
-        return line
+            either: set[asyncio.Future[Any]] = {reading, self._exit}
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done() and self._exit.done():
+                await asyncio.wait([reading], timeout=_LAST_WORDS_S)
+            if reading.done() and (line := reading.result()).endswith(b"\n"):
+                return line, reader
+            if not reading.done() and not self._exit.done():
+                raise StartError(self._complaint(f"was not ready within {timeout_s:g} s"))
+            await asyncio.wait([self._exit], timeout=_LAST_WORDS_S)
+            how = await self.wait_dead() if self._exit.done() else "closed its output"
+            raise StartError(self._complaint(f"{how} before it was ready"))
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
-    async def _log_output(self) -> None:
+    def _complaint(self, what: str) -> str:
+        return f"{self.name} {what}; the end of {self.log}:\n{log_tail(self.log)}"
+
+    async def _log_output(self, output: asyncio.StreamReader) -> None:
         """Keeps standard output empty, or a chatty child would block on a full pipe."""
-        assert self._process.stdout is not None
         with self.log.open("ab") as sink:
-            while block := await self._process.stdout.read(65536):
+            while block := await output.read(65536):
                 sink.write(block)
                 sink.flush()
+
+
+def _spawn(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            env=_environment(environment),
+            start_new_session=True,
+        )
 
 
 def module_command(module: str) -> list[str]:

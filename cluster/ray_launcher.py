@@ -142,10 +142,10 @@ class RayLauncher:
             }
         elif "RAY_AUTH_MODE" not in os.environ and _has_auth_token():
             os.environ["RAY_AUTH_MODE"] = "token"
-        # It warns that outside the main thread it cannot take over SIGTERM; that is what we want.
-        logging.getLogger("ray").setLevel(logging.ERROR)
         import ray
 
+        # It warns that outside the main thread it cannot take over SIGTERM; that is what we want.
+        logging.getLogger("ray").setLevel(logging.ERROR)
         try:
             ray.init(namespace="baton", logging_level=logging.ERROR, configure_logging=False, **options)
         except Exception as error:
@@ -168,6 +168,8 @@ class RayLauncher:
             # Inherited by Ray's workers, so that they find this checkout even where it is not installed.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
             guard.MARK: self._mark,
+            # Ray's processes rename themselves and would write the new name over the mark.
+            "SPT_NOENV": "1",
         }
 
     def _shut_down(self) -> None:

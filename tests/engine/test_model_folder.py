@@ -19,6 +19,7 @@ from engine.model_config import ModelConfig, RopeConfig, UnsupportedModel, finge
 from engine.plan import BlockTable, Row, StepPlan
 from engine.runner import load_runner
 from engine.weights import load_weights
+from scripts import make_tiny_model
 
 torch.set_num_threads(1)
 
@@ -217,3 +218,10 @@ def test_the_tiny_model_does_not_repeat_itself() -> None:
     while len(tokens) < 150:
         tokens += runner.run(StepPlan(0, [Row(len(tokens) - 1, tokens[-1:], table, greedy)])).sampled
     assert len(set(tokens[-60:])) > 20
+
+
+def test_the_script_makes_the_committed_folder(tmp_path: Path) -> None:
+    make_tiny_model.main(tmp_path)
+    files = sorted(file.name for file in TINY.iterdir())
+    assert files == sorted(file.name for file in tmp_path.iterdir())
+    assert [name for name in files if (TINY / name).read_bytes() != (tmp_path / name).read_bytes()] == []

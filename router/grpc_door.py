@@ -63,10 +63,19 @@ class InferenceDoor(inference_pb2_grpc.InferenceServicer):
     # Written with `context.write` instead of `yield`: a cancelled call raises here, inside `aclosing`, while a
     # generator that is suspended in a `yield` would be closed only when it is collected.
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        # One message for all tokens of the call: building a new one costs more than the rest of this loop.
+        response = inference_pb2.GenerateResponse()
+        tokens = response.tokens
         try:
             async with aclosing(self._generation.generate(_call(request))) as events:
                 async for event in events:
-                    await context.write(_response(event))
+                    if isinstance(event, TextDelta):
+                        tokens.first_index = event.first_index
+                        tokens.ids[:] = event.ids
+                        tokens.text = event.text
+                        await context.write(response)
+                    else:
+                        await context.write(_finished(event))
         except Refused as refused:
             refusal = refused
         except Exception as error:
@@ -148,19 +157,15 @@ def _call(request: inference_pb2.GenerateRequest) -> GenerateCall:
     )
 
 
-def _response(event: TextDelta | TextEnd) -> inference_pb2.GenerateResponse:
-    if isinstance(event, TextDelta):
-        return inference_pb2.GenerateResponse(
-            tokens=inference_pb2.Tokens(first_index=event.first_index, ids=event.ids, text=event.text)
-        )
+def _finished(end: TextEnd) -> inference_pb2.GenerateResponse:
     return inference_pb2.GenerateResponse(
         finished=inference_pb2.Finished(
-            reason=event.reason,
-            request_id=event.request_id,
-            prompt_tokens=event.prompt_tokens,
-            completion_tokens=event.completion_tokens,
-            trace=None if event.trace is None else _trace(event.trace, event.decode_worker, event.decision),
-            text=event.text,
+            reason=end.reason,
+            request_id=end.request_id,
+            prompt_tokens=end.prompt_tokens,
+            completion_tokens=end.completion_tokens,
+            trace=None if end.trace is None else _trace(end.trace, end.decode_worker, end.decision),
+            text=end.text,
         )
     )
 

@@ -1,7 +1,7 @@
 """A linear layer that keeps its matrix in the layout that the machine multiplies fastest.
 
-On a CPU oneDNN packs the matrix once: measured 2 times as fast as torch's linear at 1 to 8 rows in fp32 and bf16, 1.4
-times at 32, never slower. Elsewhere it is torch's linear.
+On a CPU oneDNN packs the matrix once. Measured on one thread against torch's linear, weights from memory: 1.0 to 2.9
+times as fast at 1 to 8 rows, 1.2 to 1.7 at 16 and 32, 1.05 to 1.25 above. Elsewhere it is torch's linear.
 """
 
 from __future__ import annotations

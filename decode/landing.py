@@ -82,6 +82,11 @@ class LandingZone:
         *,
         on_end: OnEnd,
     ) -> None:
+        if slots.total and hello.kv.chunk_tokens % blocks.block_size:
+            raise ValueError(
+                f"chunks of {hello.kv.chunk_tokens} tokens do not begin on blocks of {blocks.block_size}: "
+                f"make the block size smaller, or the chunks a multiple of it"
+            )
         self.hello = hello
         self.blocks = blocks
         self.leases = LeaseBook(slots)
@@ -121,15 +126,20 @@ class LandingZone:
     def connected_peers(self) -> list[str]:
         return [peer.incarnation for peer in self._peers.values() if peer.connected]
 
-    def stuck(self, running: int) -> bool:
-        """Nothing runs, and the oldest hand-off waits for blocks that nobody is going to give back."""
+    def stuck(self, others_wait: bool) -> bool:
+        """While nothing runs: somebody waits for blocks that only a hand-off which gives way can give back.
+
+        That is the oldest hand-off, or, with `others_wait`, a sequence that holds blocks and finds no more.
+        """
         oldest = self._oldest()
-        if oldest is None or running or self._copying:
+        if oldest is None or self._copying:
             return False
         waits_for_blocks = oldest.outstanding == 0 or any(
             not landing.blocks for landing in oldest.landing.values()
         )
-        return waits_for_blocks and self.blocks.available < oldest.remaining_blocks(self.blocks)
+        return others_wait or (
+            waits_for_blocks and self.blocks.available < oldest.remaining_blocks(self.blocks)
+        )
 
     # ---- peers -------------------------------------------------------------------------------------------------
 
@@ -211,10 +221,11 @@ class LandingZone:
         """The request is over: its hand-off is aborted. The caller drops the sequence's blocks."""
         self._close(self._of_sequence[id(sequence)], reason)
 
-    def give_up_youngest(self, now: float) -> None:
+    def give_up_youngest(self, now: float) -> Sequence:
         """Short of blocks: the youngest hand-off's prompt is computed here instead, when there is room."""
         youngest = next(reversed(self._handoffs.values()))
         self._fail(youngest, "short of KV blocks", now)
+        return youngest.sequence
 
     def _fail(self, handoff: Handoff, reason: str, now: float, *, expired: bool = False) -> None:
         self._close(handoff, reason, expired=expired)

@@ -181,12 +181,17 @@ class DecodeRole:
         self._actions.append(StepOutput(plan.step, tokens, ends))
 
     def _unstick(self, now: float) -> bool:
-        """Nothing could run although something waits: lets something give way. False when time must help."""
-        if self.scheduler.running or (self.scheduler.waiting and not self.landing.open_count):
-            return self.scheduler.give_way() is not None
-        if self.scheduler.waiting and self.landing.stuck(self.scheduler.running):
-            self.landing.give_up_youngest(now)
+        """Nothing could run: lets the youngest that holds blocks give way. False when time must help.
+
+        Hand-offs are younger than what waits with blocks, which is younger than what runs.
+        """
+        if not self.scheduler.running and self.landing.stuck(self.scheduler.landed_waiting > 0):
+            sequence = self.landing.give_up_youngest(now)
+            if len(sequence.block_table):
+                self.scheduler.give_way()  # it is the last of those that landed
             return True
+        if self.scheduler.running or not self.landing.open_count:
+            return self.scheduler.give_way() is not None
         return False
 
     # ---- the life of a request ---------------------------------------------------------------------------------
@@ -208,6 +213,8 @@ class DecodeRole:
         """Why the request cannot be taken, None when it can."""
         if submit.request in self._requests:
             return "invalid", f"request {submit.request_id!r} is running already"
+        if not submit.prompt or submit.sampling.max_tokens < 1:
+            return "invalid", "a request needs a prompt and max_tokens of at least 1"
         tokens = len(submit.prompt) + submit.sampling.max_tokens
         needed = self.blocks.blocks_for(tokens)
         if needed > self.blocks.total:
@@ -225,7 +232,7 @@ class DecodeRole:
         wanted = len(sequence.tokens) - 1
         cached = sequence.match_prefix(self.blocks, wanted)
         full = cached // self.blocks.block_size
-        if full < len(sequence.hashes):
+        if full < wanted // self.blocks.block_size:  # not the last token's block: it is computed anew anyway
             missing = sequence.hashes[full]
             if missing in self._parked:
                 self._parked[missing].append(request)

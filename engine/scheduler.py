@@ -42,7 +42,8 @@ class Progress:
 class Scheduler:
     """Continuous batching with chunked prefill over one ledger.
 
-    `reserved` blocks are kept from newcomers: the role sets it to what the oldest open hand-off still needs.
+    `reserved` blocks, and one for each running sequence beside them, are kept from newcomers: the role sets it to what
+    the oldest open hand-off still needs. Without the latter the running ones would grow into it again and again.
     """
 
     def __init__(self, ledger: BlockLedger, limits: Limits) -> None:
@@ -51,9 +52,8 @@ class Scheduler:
         # A decode is one token: more running sequences than budget would make some of them starve.
         self._max_running = min(limits.max_running, limits.max_batch_tokens)
         self.reserved = 0
-        self._landed: deque[Sequence] = (
-            deque()
-        )  # wait with blocks of their own: first, or they could starve the rest
+        # Wait with blocks of their own: first, or they could starve the rest.
+        self._landed: deque[Sequence] = deque()
         self._waiting: deque[Sequence] = deque()
         self._running: dict[RequestKey, Sequence] = {}  # in order of admission
         self._waiting_tokens = 0
@@ -73,6 +73,11 @@ class Scheduler:
         return len(self._waiting) + len(self._landed)
 
     @property
+    def landed_waiting(self) -> int:
+        """Those that wait with blocks of their own."""
+        return len(self._landed)
+
+    @property
     def running(self) -> int:
         return len(self._running)
 
@@ -84,6 +89,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting or self._landed)
+
+    @property
+    def planned(self) -> list[Sequence]:
+        """The sequences of the plan that is not committed yet, in the order of its rows."""
+        return self._planned
 
     def youngest(self) -> Sequence | None:
         return next(reversed(self._running.values()), None)
@@ -188,10 +198,11 @@ class Scheduler:
         return budget
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        for queue, reserved in ((self._landed, 0), (self._waiting, self.reserved)):
+        for queue in (self._landed, self._waiting):
             while budget > 0 and queue and len(self._running) < self._max_running:
                 sequence = queue[0]
-                cached = self._fits(sequence, reserved)
+                kept = queue is self._waiting and self.reserved
+                cached = self._fits(sequence, self.reserved + len(self._running) + 1 if kept else 0)
                 if cached is None:
                     break
                 queue.popleft()
@@ -206,6 +217,8 @@ class Scheduler:
                     raise AssertionError("admission counted the blocks")
                 self._plan(plan, sequence, tokens)
                 budget -= tokens
+            if queue:
+                break  # a newcomer must not take the blocks that a landed one waits for
 
     def _fits(self, sequence: Sequence, reserved: int) -> int | None:
         """The cached tokens to begin with when all of the sequence's tokens fit beside `reserved` blocks, else None."""

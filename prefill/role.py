@@ -43,6 +43,7 @@ from worker.messages import FromPeer, PeerLost, PeerRefused, PeerUp, ToEngine, T
 from worker.role import Action
 
 REMEMBERED_ABORTS = 4096
+STARVED_S = 1.0  # no step and no write has ended for so long, although prompts wait
 
 Key = tuple[str, int]  # incarnation of the decode worker, its hand-off id
 
@@ -99,6 +100,7 @@ class PrefillRole:
         self._deadlines: list[tuple[float, Key]] = []
         self._aborted: OrderedDict[Key, None] = OrderedDict()
         self._next_peer = 1
+        self._starved_since: float | None = None
 
     # ---- what the step loop asks -------------------------------------------------------------------------------
 
@@ -172,6 +174,7 @@ class PrefillRole:
         while plan is None and self._unstick(now):
             plan = self.scheduler.schedule()
         if plan is not None:
+            self._starved_since = None
             for sequence in self.scheduler.admitted:
                 handoff = self._of_request[sequence.request]
                 handoff.scheduled = now
@@ -193,12 +196,26 @@ class PrefillRole:
             self._pump(handoff)
 
     def _unstick(self, now: float) -> bool:
-        """No prompt finds a block: the youngest gives way, unless writes in flight will release some."""
-        youngest = self.scheduler.youngest()
-        if youngest is None or any(handoff.in_flight for handoff in self._handoffs.values()):
+        """No prompt finds a block: the youngest that holds some gives way, unless others will release theirs soon.
+
+        Two decode workers may wait for one another through two prefill workers, each of which is full of what is not
+        the other's oldest: so even what only waits for credit gives way in the end.
+        """
+        if not self.scheduler.has_work:
+            self._starved_since = None
             return False
+        if self._starved_since is None:
+            self._starved_since = now
+        holders = [handoff for handoff in self._handoffs.values() if len(handoff.sequence.block_table)]
+        leaving = any(handoff.in_flight or handoff.state is not State.COMPUTING for handoff in holders)
+        if leaving and now < self._starved_since + STARVED_S:
+            return False
+        youngest = next((handoff for handoff in reversed(holders) if handoff.state is not State.ENDING), None)
+        if youngest is None:
+            return False
+        self._starved_since = now
         self.counters["starved"] += 1
-        self._give_up(self._of_request[youngest.request], now, "the prefill worker is short of KV blocks")
+        self._give_up(youngest, now, "the prefill worker is short of KV blocks")
         return True
 
     # ---- peers -------------------------------------------------------------------------------------------------
@@ -350,6 +367,7 @@ class PrefillRole:
                 f"a write of unknown hand-off {report.handoff_id} settled: its blocks were not pinned"
             )
         handoff.in_flight.discard(report.chunk)
+        self._starved_since = None
         if not report.error:
             handoff.settled += 1
             self.counters["chunks_sent"] += 1

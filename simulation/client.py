@@ -4,10 +4,11 @@ is checked token for token."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from engine.api import Cancel, RequestEnd, RequestKey, SamplingParams, StepOutput, Submit
 from simulation.deployment import Deployment
-from simulation.model import VOCABULARY, answer
+from simulation.model import VOCABULARY, right_answer
 from simulation.node import Node
 from simulation.settings import Settings
 from simulation.world import World
@@ -45,7 +46,7 @@ class Client:
         self._session_of: dict[int, int] = {}  # slot -> current session number
         self._next_session = 1
         for number in range(settings.requests):
-            world.after(world.between(0, settings.load_s), lambda number=number: self._submit(number))
+            world.after(settings.begin_s + world.between(0, settings.load_s), partial(self._submit, number))
 
     @property
     def done(self) -> bool:
@@ -122,7 +123,7 @@ class Client:
                 answer.cancelled = True
         for node in self.deployment.alive(decode=True):
             # Later than any submit of this session can be under way.
-            self.world.after(DELAY_S[1], lambda node=node: node.receive(SessionLost(session)), node)
+            self.world.after(DELAY_S[1], partial(node.receive, SessionLost(session)), node)
 
     # ---- listening -----------------------------------------------------------------------------------------------
 
@@ -159,7 +160,7 @@ class Client:
             return
         found.end = end
         self.world.facts[f"end_{end.reason}"] += 1
-        expected, reason = answer(submit.prompt, submit.sampling, submit.salt)
+        expected, reason = right_answer(submit.prompt, submit.sampling, submit.salt)
         if end.reason in ("stop", "length"):
             if found.tokens != expected or end.reason != reason:
                 self.world.violate(f"{name}: answered {found.tokens} {end.reason}, not {expected} {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Protocol
 
 from engine.api import RequestEnd, StepOutput
@@ -69,11 +70,7 @@ class Deployment:
         self.nodes = [other for other in self.nodes if other.spec.worker_id != spec.worker_id] + [node]
         for other in self.alive(decode=not spec.decode):
             decode, prefill = (node, other) if spec.decode else (other, node)
-            self.world.after(
-                self.world.between(*NEWS_S),
-                lambda decode=decode, prefill=prefill: self.network.dial(decode, prefill),
-                decode,
-            )
+            self.world.after(self.world.between(*NEWS_S), partial(self.network.dial, decode, prefill), decode)
 
     def kill(self, node: Node, restart_s: float) -> None:
         """As SIGKILL: no word of farewell; bytes that it had posted may still land."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from simulation.client import Client
 from simulation.deployment import Deployment
@@ -32,10 +33,7 @@ class Faults:
         deployment.network.lost_done = settings.lost_done
         for kind, times in settings.faults.items():
             for _ in range(times):
-                world.after(
-                    world.between(0.02, settings.fault_s),
-                    lambda kind=kind: self._strike(kind, strikes[kind]),
-                )
+                world.after(world.between(0.02, settings.fault_s), partial(self._strike, kind, strikes[kind]))
 
     def _strike(self, kind: str, strike: Callable[[], None]) -> None:
         self.world.facts[kind] += 1

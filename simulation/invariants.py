@@ -15,7 +15,8 @@ class Invariants:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._lease_of: dict[tuple[str, int], int] = {}  # (incarnation, slot) -> lease that it was last offered under
+        # By incarnation and slot: the lease under which it was offered last.
+        self._lease_of: dict[tuple[str, int], int] = {}
 
     def turned(self, node: Node) -> None:
         """Books add up after every turn; `check` asks for more when the role is at rest."""

@@ -47,7 +47,7 @@ def draw(kv: int, sampling: SamplingParams, position: int) -> int:
     return (mix(kv, noise) >> 20) % VOCABULARY
 
 
-def answer(prompt: list[int], sampling: SamplingParams, salt: str) -> tuple[list[int], EndReason]:
+def right_answer(prompt: list[int], sampling: SamplingParams, salt: str) -> tuple[list[int], EndReason]:
     """What every worker must answer."""
     tokens, drawn, kv = list(prompt), [], list[int]()
     while True:

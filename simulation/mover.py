@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -119,7 +120,7 @@ class SimulatedMover:
             delay = world.between(*span)
             landed = max(landed, delay)
             self.fabric.landing[self.node.incarnation, job.peer] += 1
-            world.after(delay, lambda offset=offset, piece=piece: self._land(job, receiver, offset, piece))
+            world.after(delay, partial(self._land, job, receiver, offset, piece))
         error = "" if not world.chance(weather.fails) else "the fabric lost it"
         self._settle_after(landed + world.between(*SETTLE_S), job, checksum, error)
 

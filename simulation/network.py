@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -94,9 +95,7 @@ class Network:
             self._redial(stream.decode, stream.prefill)
         for end in (stream.decode, stream.prefill):
             if end in stream.open_at:
-                self.world.after(
-                    self.world.between(*LEARN_S), lambda end=end: self._learn(stream, end), end
-                )
+                self.world.after(self.world.between(*LEARN_S), partial(self._learn, stream, end), end)
 
     def _learn(self, stream: Stream, end: Node) -> None:
         if end not in stream.open_at:

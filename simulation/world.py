@@ -1,4 +1,4 @@
-"""Virtual time: one heap of events and one source of chance. Nothing in a simulation reads a clock or another source."""
+"""Virtual time: one heap of events and one source of chance. Nothing in a simulation uses another clock."""
 
 from __future__ import annotations
 

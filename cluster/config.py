@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cluster.config_errors import ConfigError, explain
+from cluster.config_errors import ConfigError, did_you_mean, explain
+from kvtransfer.transports import TransportKind
+from router.policy import POLICIES
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +94,13 @@ class RouterSection(_Section):
     max_prefill_waiting: Positive = 8
     max_active: Positive = 1024
 
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        if value not in POLICIES:
+            raise ValueError(f"must be one of {', '.join(POLICIES)}{did_you_mean(value, POLICIES)}")
+        return value
+
     @field_validator("http", "grpc")
     @classmethod
     def _host_and_port(cls, value: str) -> str:
@@ -104,7 +113,7 @@ class RouterSection(_Section):
 class TransferSection(_Section):
     """How KV moves between a prefill and a decode worker."""
 
-    transport: Literal["auto", "nixl", "shm", "loopback"] = "auto"
+    transport: TransportKind = "auto"
     slots: Annotated[int, Field(ge=2)] = 8  # landing slots of a decode worker; a pair needs two to overlap
     chunk_tokens: Positive = 256  # wanted; made to fit slots of at most 16 MiB
     handoff_timeout_s: Seconds = 30.0

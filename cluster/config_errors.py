@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -40,7 +40,9 @@ def _line(item: Any, root: type[BaseModel]) -> str:
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key} = {value!r}: must be a section of keys, such as `{_example(path, root)}`"
     if kind == "literal_error":
-        return f"{key} = {value!r}: must be {context['expected']}{_close(str(value), _choices(context))}"
+        return (
+            f"{key} = {value!r}: must be {context['expected']}{did_you_mean(str(value), _choices(context))}"
+        )
     if kind in ("greater_than_equal", "greater_than"):
         least = context.get("ge", context.get("gt"))
         bound = "at least" if kind == "greater_than_equal" else "more than"
@@ -53,7 +55,7 @@ def _unknown(path: list[str], value: Any, root: type[BaseModel]) -> str:
     model = _model_at(path[:-1], root)
     known = list(model.model_fields)
     line = f"{'.'.join(path)} = {value!r}: unknown key"
-    close = _close(path[-1], known)
+    close = did_you_mean(path[-1], known)
     if close:
         return line + close
     elsewhere = [".".join(other) for other in _keys(root) if other[-1] == path[-1]]
@@ -62,8 +64,9 @@ def _unknown(path: list[str], value: Any, root: type[BaseModel]) -> str:
     return f"{line}; known here: {', '.join(known)}"
 
 
-def _close(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` when something known is near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

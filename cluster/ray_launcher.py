@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -316,6 +317,15 @@ def _discard(actor: Any, group: Any) -> None:
             ray.kill(actor)
     with contextlib.suppress(Exception):
         ray.util.remove_placement_group(group)
+
+
+def _take_back(number: signal.Signals) -> None:
+    """Installs Python's handler again: Ray put one before it that prints a stack as if we had crashed."""
+    if threading.current_thread() is threading.main_thread() and callable(
+        handler := signal.getsignal(number)
+    ):
+        signal.signal(number, handler)
+        signal.siginterrupt(number, False)
 
 
 def _log_to(path: str) -> None:

@@ -8,6 +8,8 @@ from rich.table import Table
 
 from baton.v1 import inference_pb2
 
+_PIPE_COLUMNS = 200  # nothing is cut where nobody looks at a screen
+
 
 def as_json(answer: inference_pb2.StatusResponse) -> str:
     """Every field, zeros included, under its name in the proto file."""
@@ -18,7 +20,10 @@ def as_json(answer: inference_pb2.StatusResponse) -> str:
 
 def show(answer: inference_pb2.StatusResponse, *, ledger: bool, console: Console | None = None) -> None:
     """The router in one line, then a row for each worker."""
-    console = console or Console(highlight=False)
+    if console is None:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=_PIPE_COLUMNS)
     ready = "[green]ready[/]" if answer.ready else "[yellow]not ready[/]"
     console.print(
         f"{answer.router or 'router'} {answer.release}: {ready}, policy {answer.policy or '-'}, "
@@ -32,7 +37,7 @@ def show(answer: inference_pb2.StatusResponse, *, ledger: bool, console: Console
 
 def _workers(workers: list[inference_pb2.WorkerStatus]) -> Table:
     table = _table(
-        "worker", "alive", "address", "pid", "step", "waiting", "running", "hand-offs", "KV used", "transport"
+        "worker", "alive", "waiting", "running", "hand-offs", "KV used", "step", "transport", "address", "pid"
     )
     for worker in workers:
         counts = worker.ledger
@@ -40,14 +45,14 @@ def _workers(workers: list[inference_pb2.WorkerStatus]) -> Table:
         table.add_row(
             worker.worker_id,
             "[green]yes[/]" if worker.alive else "[red]no[/]",
-            worker.address,
-            str(worker.pid),
-            str(worker.step),
-            f"{worker.waiting} ({worker.waiting_tokens} tok)",
+            f"{worker.waiting} ({worker.waiting_tokens} tok)" if worker.waiting else "0",
             str(worker.running),
             str(worker.handoffs),
             f"{100 * used / counts.blocks_total:.0f}%" if counts.blocks_total else "-",
+            str(worker.step),
             worker.transport or "-",
+            worker.address,
+            str(worker.pid),
         )
     return table
 

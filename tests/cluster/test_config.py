@@ -76,6 +76,11 @@ def test_the_tree_is_frozen() -> None:
         ({"router": {"http": "localhost"}}, ["router.http = 'localhost'", "HOST:PORT"]),
         ({"router": {"http": "localhost:99999"}}, ["router.http", "HOST:PORT"]),
         ({"router": {"http": "a:1", "grpc": "a:1"}}, ["router.http = router.grpc = 'a:1'", "change one"]),
+        (
+            {"router": {"policy": "treshold"}},
+            ["router.policy = 'treshold'", "always-local", "mean 'threshold'"],
+        ),
+        ({"kvtransfer": {"transport": "rdma"}}, ["kvtransfer.transport = 'rdma'", "'nixl'"]),
         ({"kvtransfer": {"slots": 1}}, ["kvtransfer.slots = 1", "at least 2"]),
         ({"cluster": {"launcher": "plain", "address": "a:1"}}, ["cluster.address = 'a:1'", "plain", "ray"]),
         (

@@ -1,0 +1,163 @@
+"""`baton serve` with the real workers and router: it starts, answers, stops, and leaves no process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import CHECKOUT
+from tests.cluster.helpers import LIMIT_S, carrying, eventually
+
+MARK = "BATON_TEST_RUN"
+MODEL = CHECKOUT / "models" / "baton-tiny"
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not MODEL.is_dir(), reason="the tiny model is not in this checkout"),
+]
+launchers = pytest.mark.parametrize(
+    "launcher", ["plain", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
+
+
+class Baton:
+    """The command line against one deployment."""
+
+    def __init__(self, folder: Path, launcher: str) -> None:
+        self.value = uuid.uuid4().hex
+        self.errors = folder / "stderr.txt"
+        self.http = self.grpc = ""
+        settings = {
+            "model.path": MODEL,
+            "cluster.launcher": launcher,
+            "router.http": "127.0.0.1:0",
+            "router.grpc": "127.0.0.1:0",
+            "router.policy": "always-remote",
+            "prefill.kv_cache_gib": 0.03125,
+            "decode.kv_cache_gib": 0.03125,
+        }
+        arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        with self.errors.open("wb") as sink:
+            self.process = subprocess.Popen(
+                [*COMMAND, "serve", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=sink,
+                env={**os.environ, MARK: self.value},
+                cwd=CHECKOUT,
+            )
+
+    async def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        line = (await asyncio.to_thread(self.process.stdout.readline)).decode()
+        ready = re.fullmatch(r"baton ready http=(127\.0\.0\.1:\d+) grpc=(127\.0\.0\.1:\d+)\n", line)
+        assert ready, self.errors.read_text()
+        self.http, self.grpc = ready.groups()
+
+    async def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return await asyncio.to_thread(call, *arguments, "--grpc", self.grpc)
+
+    async def status(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads((await self.call("status", "--json")).stdout)
+        return answer
+
+    def left(self) -> list[int]:
+        return carrying(MARK, self.value)
+
+
+COMMAND = [sys.executable, "-m", "cluster.cli"]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=LIMIT_S, check=False, cwd=CHECKOUT
+    )
+
+
+@asynccontextmanager
+async def served(folder: Path, launcher: str) -> AsyncIterator[Baton]:
+    baton = Baton(folder, launcher)
+    try:
+        await baton.wait_ready()
+        yield baton
+    finally:
+        baton.process.kill()
+        baton.process.wait()
+        assert baton.process.stdout is not None
+        baton.process.stdout.close()
+        for pid in baton.left():
+            os.kill(pid, signal.SIGKILL)
+
+
+@launchers
+async def test_it_starts_answers_and_stops(tmp_path: Path, launcher: str) -> None:
+    async with served(tmp_path, launcher) as baton:
+        answer = await baton.call(
+            "generate", "one two three " * 20, "--max-tokens", "8", "--temperature", "0"
+        )
+        assert answer.returncode == 0, answer.stderr
+        line = answer.stderr.strip().splitlines()[-1]
+        assert re.fullmatch(
+            r"\[prefilled remote on prefill-0, \d+ tokens handed to decode-0 in \d+ ms; \d+ \+ \d+ tokens, "
+            r"ended by \w+; TTFT \d+ ms, ITL [\d.]+ ms, [\d.]+ tokens/s\]",
+            line,
+        ), line
+        chat = await baton.call("generate", "--chat", "hi", "--max-tokens", "4", "--http", baton.http)
+        assert chat.returncode == 0 and "tokens" in chat.stderr, chat.stderr
+        status = await baton.status()
+        assert status["ready"] and {worker["worker_id"] for worker in status["workers"]} == {
+            "prefill-0",
+            "decode-0",
+        }
+        table = await baton.call("status", "--ledger")
+        assert table.returncode == 0 and table.stdout.count(" ok") == 2, table.stdout
+        baton.process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        await eventually(lambda: baton.process.poll() is not None, "baton serve ends")
+        assert time.monotonic() - begun < 10 and baton.process.returncode == 0, baton.errors.read_text()
+        await eventually(lambda: not baton.left(), "nothing is left")
+
+
+@launchers
+async def test_a_killed_worker_comes_back_and_a_killed_supervisor_leaves_nothing(
+    tmp_path: Path, launcher: str
+) -> None:
+    async with served(tmp_path, launcher) as baton:
+        before = {worker["worker_id"]: worker for worker in (await baton.status())["workers"]}
+        os.kill(before["decode-0"]["pid"], signal.SIGKILL)
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            now = {worker["worker_id"]: worker for worker in (await baton.status())["workers"]}
+            decode = now.get("decode-0")
+            if decode and decode["incarnation"] != before["decode-0"]["incarnation"] and decode["alive"]:
+                break
+            assert time.monotonic() < deadline, baton.errors.read_text()
+        answer = await baton.call("generate", "again " * 30, "--max-tokens", "4")
+        assert answer.returncode == 0 and "remote on prefill-0" in answer.stderr, answer.stderr
+        baton.process.kill()
+        await eventually(lambda: not baton.left(), "nothing is left")
+
+
+def test_without_a_deployment_the_commands_say_so() -> None:
+    for command in (["status"], ["generate", "hi"]):
+        answer = call(*command, "--grpc", "127.0.0.1:9")
+        assert answer.returncode == 1
+        assert "nothing listens on 127.0.0.1:9; start `baton serve`" in answer.stderr
+
+
+def test_a_bad_configuration_is_one_line_and_status_2() -> None:
+    answer = call("serve", "--set", "decode.replcas=2")
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert answer.stderr == "baton: defaults: decode.replcas = 2: unknown key; did you mean 'replicas'?\n"

@@ -51,9 +51,10 @@ class OpenLink:
     def send(self, message: ControlMessage) -> None:
         self.queue.put_nowait(to_proto(message))
 
-    async def drain(self) -> AsyncIterator[pb.Control]:
+    async def write_to(self, stream: Any) -> None:
+        """Writes what is sent, in order, until cancelled or the stream breaks."""
         while True:
-            yield await self.queue.get()
+            await stream.write(await self.queue.get())
 
 
 class Links:
@@ -119,7 +120,8 @@ class Dialer:
         up = False
         async with rpc.channel(address) as channel:
             stub = worker_pb2_grpc.HandoffPeerStub(channel)
-            call = stub.Link(link.drain(), metadata=rpc.credentials(self._token))
+            call = stub.Link(metadata=rpc.credentials(self._token))
+            writer = asyncio.create_task(link.write_to(call))
             try:
                 hello = await asyncio.wait_for(_read(call), DIAL_TIMEOUT_S)
                 if not isinstance(hello, Hello) or hello.incarnation != incarnation:
@@ -135,6 +137,7 @@ class Dialer:
                 log.info("control stream to %s broke: %s", incarnation, _brief(error))
             finally:
                 call.cancel()
+                await _ended(writer)
                 self.links.close(incarnation, link)
                 if up:
                     self._events.lost(incarnation, epoch)
@@ -159,23 +162,25 @@ class HandoffService:
         link.send(msgspec.structs.replace(self._hello, epoch=hello.epoch))
         self.links.open(hello.incarnation, link)
         self._events.up(hello)
-        writer = asyncio.create_task(self._write(link, context))
+        writer = asyncio.create_task(link.write_to(context))
         try:
             async for control in requests:
                 self._events.message(hello.incarnation, hello.epoch, from_proto(control))
         finally:
-            writer.cancel()
+            await _ended(writer)
             self.links.close(hello.incarnation, link)
             self._events.lost(hello.incarnation, hello.epoch)
-
-    async def _write(self, link: OpenLink, context: Any) -> None:
-        async for control in link.drain():
-            await context.write(control)
 
 
 async def _read(call: Any) -> ControlMessage | None:
     control = await call.read()
     return None if control is grpc.aio.EOF else from_proto(control)
+
+
+async def _ended(writer: asyncio.Task[None]) -> None:
+    """Ends a writer; why it could not write is known from reading."""
+    writer.cancel()
+    await asyncio.gather(writer, return_exceptions=True)
 
 
 def _brief(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -83,7 +83,8 @@ class WorkerLink:
         self._outbox = asyncio.Queue()
         async with rpc.channel(self.member.address) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
-            call = stub.Session(_drain(self._outbox), metadata=rpc.credentials(self._token))
+            call = stub.Session(metadata=rpc.credentials(self._token))
+            writer = asyncio.create_task(_write(self._outbox, call))
             try:
                 while True:
                     message = await self._next(call)
@@ -97,6 +98,8 @@ class WorkerLink:
                 return f"its engine was silent for {SILENCE_S:g} s"
             finally:
                 call.cancel()
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)  # why it ended is known from reading
 
     async def _next(self, call: Any) -> pb.FromWorker | None:
         async with asyncio.timeout(SILENCE_S):
@@ -104,6 +107,6 @@ class WorkerLink:
         return None if message is grpc.aio.EOF else message
 
 
-async def _drain(outbox: asyncio.Queue[pb.ToWorker]) -> AsyncIterator[pb.ToWorker]:
+async def _write(outbox: asyncio.Queue[pb.ToWorker], call: Any) -> None:
     while True:
-        yield await outbox.get()
+        await call.write(await outbox.get())

@@ -48,7 +48,7 @@ def test_preempted(reference: Reference) -> None:
 
 
 def test_seeded_sampling_is_the_same_in_every_way(reference: Reference) -> None:
-    """Sampling noise depends on seed and position only, so batching, chunking, caching and preemption change nothing."""
+    """Noise depends on seed and position only, so batching, chunking, caching and preemption change nothing."""
     asked = [
         (prompt, SamplingParams(temperature=0.9, top_p=0.95, top_k=50 * (i % 2), seed=i, max_tokens=24))
         for i, prompt in enumerate(reference.prompts)
@@ -70,7 +70,7 @@ def test_stop_tokens_and_lengths(reference: Reference) -> None:
     prompt, answer = reference.prompts[5], reference.answers[5]
     stop = answer[10]
     expected = answer[: answer.index(stop) + 1]
-    assert engine.generate([(prompt, SamplingParams(temperature=0, max_tokens=64, stop_token_ids=(stop,)))]) == [
-        expected
-    ]
+    assert engine.generate(
+        [(prompt, SamplingParams(temperature=0, max_tokens=64, stop_token_ids=(stop,)))]
+    ) == [expected]
     assert engine.generate([(prompt, SamplingParams(temperature=0, max_tokens=1))]) == [answer[:1]]

@@ -28,18 +28,23 @@ async def test_remote_alone_cached_and_among_others(reference: Reference, budget
             assert answer.trace.prefilled == "remote"
             assert answer.trace.remote_tokens == len(prompt) - 1
             assert answer.trace.handoff_bytes > 0
-        answers = await asyncio.gather(*(client.ask(p, prefill="prefill-0") for p, _ in every))  # all 20 at once
+        answers = await asyncio.gather(
+            *(client.ask(p, prefill="prefill-0") for p, _ in every)
+        )  # all 20 at once
         assert [answer.ids for answer in answers] == reference.answers
         again = await asyncio.gather(*(client.ask(p, prefill="prefill-0") for p, _ in every))
         assert [answer.ids for answer in again] == reference.answers
-        assert all(answer.trace.cached_tokens == (len(p) - 1) // 16 * 16 for answer, (p, _) in zip(again, every, strict=True))
+        assert all(
+            answer.trace.cached_tokens == (len(p) - 1) // 16 * 16
+            for answer, (p, _) in zip(again, every, strict=True)
+        )
         status = await client.at_rest()
         assert status.counters["digest_refused"] == 0
         assert status.counters["handoffs_failed"] == 0
 
 
 async def test_remote_into_a_small_pool(reference: Reference) -> None:
-    """A decode pool that holds few prompts at once: hand-offs wait for blocks, decodes are preempted, nothing differs."""
+    """A decode pool that holds few prompts at once: hand-offs wait for blocks, decodes are preempted."""
     token_bytes = 2 * 3 * 2 * 24 * 4
     async with open_pair(
         reference.folder,

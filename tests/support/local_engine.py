@@ -16,12 +16,24 @@ class LocalEngine:
     """Generates for many requests at once; every call ends with the ledger at rest and checked."""
 
     def __init__(
-        self, folder: Path, *, blocks: int = 512, block_size: int = 16, budget: int = 512, max_running: int = 64
+        self,
+        folder: Path,
+        *,
+        blocks: int = 512,
+        block_size: int = 16,
+        budget: int = 512,
+        max_running: int = 64,
     ) -> None:
         self.runner = load_runner(folder, "float32", num_blocks=blocks, block_size=block_size)
         self.ledger = BlockLedger(blocks, block_size)
         kv = KvSpec(
-            model="", layers=1, kv_heads=1, head_dim=1, dtype="float32", block_size=block_size, chunk_tokens=64
+            model="",
+            layers=1,
+            kv_heads=1,
+            head_dim=1,
+            dtype="float32",
+            block_size=block_size,
+            chunk_tokens=64,
         )
         hello = Hello(worker_id="decode", incarnation="i", kv=kv, transport="", endpoint=b"")
         self.role = DecodeRole(hello, self.ledger, SlotLedger(0), Limits(budget, max_running))
@@ -35,7 +47,9 @@ class LocalEngine:
             key = RequestKey(1, self._next)
             self._next += 1
             keys.append(key)
-            self.role.handle(Submit(request=key, request_id=str(key.key), prompt=prompt, sampling=sampling), self._now)
+            self.role.handle(
+                Submit(request=key, request_id=str(key.key), prompt=prompt, sampling=sampling), self._now
+            )
         answers: dict[RequestKey, list[int]] = {key: [] for key in keys}
         ended: set[RequestKey] = set()
         while len(ended) < len(keys):

@@ -47,7 +47,9 @@ def prompts(count: int = 20, longest: int = 1500, vocab: int = 320) -> list[list
     return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
-def transformers_greedy(folder: Path, asked: list[list[int]], tokens: int = REFERENCE_TOKENS) -> list[list[int]]:
+def transformers_greedy(
+    folder: Path, asked: list[list[int]], tokens: int = REFERENCE_TOKENS
+) -> list[list[int]]:
     """What `generate` of transformers says to each prompt, greedily, end-of-sequence ignored."""
     from transformers import AutoModelForCausalLM
 

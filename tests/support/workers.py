@@ -72,7 +72,10 @@ async def set_members(address: str, version: int, workers: list[Worker]) -> None
     """What the supervisor does."""
     members = [
         pb.Member(
-            worker_id=w.spec.worker_id, role=w.spec.role, incarnation=w.spec.incarnation, address=w.started.address
+            worker_id=w.spec.worker_id,
+            role=w.spec.role,
+            incarnation=w.spec.incarnation,
+            address=w.started.address,
         )
         for w in workers
     ]
@@ -137,14 +140,16 @@ class DecodeClient:
     async def at_rest(self) -> api.WorkerStatus:
         """Waits until nothing is held, landing, leased or quarantined; fails when that never comes."""
         return await self.until(
-            lambda s: not (
-                s.ledger.blocks_held
-                or s.ledger.blocks_landing
-                or s.ledger.slots_leased
-                or s.ledger.slots_quarantined
-                or s.running
-                or s.waiting
-                or s.handoffs
+            lambda s: (
+                not (
+                    s.ledger.blocks_held
+                    or s.ledger.blocks_landing
+                    or s.ledger.slots_leased
+                    or s.ledger.slots_quarantined
+                    or s.running
+                    or s.waiting
+                    or s.handoffs
+                )
             )
         )
 

@@ -97,9 +97,8 @@ class LandingZone:
         self._on_end = on_end
         self._peers: dict[str, Peer] = {}  # by incarnation
         self._by_worker: dict[str, Peer] = {}  # the latest incarnation of each worker
-        self._lost: set[str] = (
-            set()
-        )  # incarnations without a control stream that still guard quarantined slots
+        # Incarnations without a control stream that may still guard quarantined slots. In order: runs can be replayed.
+        self._lost: dict[str, None] = {}
         self._handoffs: dict[int, Handoff] = {}  # oldest first
         self._of_sequence: dict[int, Handoff] = {}  # id(sequence) -> hand-off
         self._copying: dict[int, tuple[Handoff, int, list[int]]] = {}  # lease id -> hand-off, chunk, blocks
@@ -155,7 +154,7 @@ class LandingZone:
         peer = Peer(hello)
         self._peers[hello.incarnation] = peer
         self._by_worker[hello.worker_id] = peer
-        self._lost.discard(hello.incarnation)
+        self._lost.pop(hello.incarnation, None)
         self._actions.append(Connect(hello.incarnation, hello.endpoint))
 
     def peer_lost(self, incarnation: str, epoch: int, now: float) -> None:
@@ -168,7 +167,7 @@ class LandingZone:
             del self._by_worker[peer.hello.worker_id]
         for handoff in [h for h in self._handoffs.values() if h.peer == incarnation]:
             self._fail(handoff, f"lost {peer.hello.worker_id}", now)
-        self._lost.add(incarnation)
+        self._lost[incarnation] = None
 
     # ---- begin and end -----------------------------------------------------------------------------------------
 
@@ -294,7 +293,7 @@ class LandingZone:
         elif isinstance(report, Copied):
             self._copied(report, now)
         elif isinstance(report, Probed) and report.gone and report.peer in self._lost:
-            self._lost.discard(report.peer)
+            del self._lost[report.peer]
             self._counters["slots_reclaimed"] += self.leases.gone(report.peer)
             self._actions.append(Disconnect(report.peer))
 
@@ -342,7 +341,7 @@ class LandingZone:
                 if incarnation in guarding:
                     self._actions.append(Probe(incarnation))
                 else:
-                    self._lost.discard(incarnation)
+                    del self._lost[incarnation]
                     self._actions.append(Disconnect(incarnation))
 
     def _take_blocks(self) -> None:

@@ -19,7 +19,7 @@ class State(Enum):
 REQUESTS = Lifecycle(
     "request",
     {
-        State.ARRIVED: {State.PARKED, State.HANDOFF, State.PREFILL, State.ENDED},
+        State.ARRIVED: {State.PARKED, State.HANDOFF, State.PREFILL},
         State.PARKED: {State.HANDOFF, State.PREFILL, State.ENDED},
         State.HANDOFF: {State.PREFILL, State.ENDED},
         State.PREFILL: {State.DECODING, State.ENDED},

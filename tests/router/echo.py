@@ -77,6 +77,7 @@ class EchoDispatcher:
         self.prompts: list[Prompt] = []
         self.cancelled: list[str] = []
         self.active = 0
+        self.given = 0  # pieces of answers that were taken
         self.refusal: Exception | None = None
         self.refuse_at: int | None = None  # so many tokens come first
         self.hold_at: int | None = None  # so many tokens come, then nothing more
@@ -96,6 +97,7 @@ class EchoDispatcher:
             ids, reason = _answer(self.script(prompt), prompt)
             for start in range(0, len(ids), self.piece):
                 await self._obstacles(start)
+                self.given += 1
                 yield NewTokens(start, ids[start : start + self.piece])
             await self._obstacles(len(ids))
             ended = True
@@ -136,5 +138,5 @@ def make_generation(
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     """Waits for something that another task or process brings about."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 (what it waits for has no event)
+        while not condition():
             await asyncio.sleep(0.005)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from router.dispatch_api import Prompt, RefusalKind, Refused
+from router.dispatch_api import RefusalKind, Refused
 from router.http_answers import error_body
 from router.http_bodies import MAX_PROMPTS
-from tests.router.echo import MAX_MODEL_LEN, MODEL, until
+from router.http_door import create_app
+from tests.router.echo import MAX_MODEL_LEN, MODEL, EchoDispatcher, make_generation, until
 from tests.router.http_client import MAX_BODY, TEXT, Served
 
 # ---- fields ----------------------------------------------------------------------------------------------------
@@ -274,22 +276,34 @@ async def test_client_goes_away_in_the_middle_of_a_stream(served: Served) -> Non
     await until(lambda: served.dispatcher.cancelled == ["gone"], 1.5)
 
 
-async def test_client_that_does_not_read_holds_up_its_stream_only(served: Served) -> None:
-    served.dispatcher.piece = 1
-    long = [50] * 100
-    sent = 0
+async def test_client_that_does_not_read_holds_up_its_stream(tmp_path: Path) -> None:
+    """As the server does for a full socket: `send` does not return. Nothing more is taken from the dispatcher then."""
+    dispatcher = EchoDispatcher(lambda _prompt: [50] * 100)
+    app = create_app(make_generation(tmp_path, dispatcher)[0])
+    gone, stuck = asyncio.Event(), asyncio.Event()
+    body = json.dumps({"prompt": [40], "stream": True, "max_tokens": 100}).encode()
+    requests = [{"type": "http.request", "body": body, "more_body": False}]
 
-    def script(_prompt: Prompt) -> list[int]:
-        nonlocal sent
-        sent += 1
-        return long
+    async def receive() -> dict[str, Any]:
+        if requests:
+            return requests.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
 
-    served.dispatcher.script = script
-    _reader, writer = await raw_post(served, prompt=TEXT, stream=True, max_tokens=100)
-    await until(lambda: sent == 1)
-    assert (await served.completion(prompt="fox")).status_code == 200
-    writer.close()
-    await until(lambda: served.dispatcher.active == 0)
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            stuck.set()
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    serving = asyncio.create_task(app(scope, receive, send))
+    await stuck.wait()
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert dispatcher.given == 1
+    gone.set()
+    await serving
+    assert len(dispatcher.cancelled) == 1
 
 
 async def test_openai_client_that_closes_its_stream(served: Served) -> None:

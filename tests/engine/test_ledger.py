@@ -1,0 +1,234 @@
+"""The ledger against a naive model, for any order of calls; and the rules that it must refuse to break."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from engine.ledger import BlockLedger, LedgerError, SlotLedger, counts
+
+TOTAL = 8
+NAMES = [bytes([number]) * 16 for number in range(6)]
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """The model: who holds which block (a list of holds), what lands, which name each block carries, and in which order
+    idle blocks were last used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = BlockLedger(TOTAL, 4)
+        self.holds: list[int] = []  # one entry for each hold
+        self.landing: set[int] = set()
+        self.named: dict[bytes, int] = {}
+        self.idle: list[int] = []  # cached, least recently used first
+
+    held = Bundle("held")
+    landing_blocks = Bundle("landing_blocks")
+
+    @property
+    def free(self) -> int:
+        return TOTAL - len(set(self.holds)) - len(self.landing) - len(self.idle)
+
+    def took(self, blocks: list[int] | None, count: int) -> bool:
+        """Books a take: free blocks go first, then the ones that were idle for the longest."""
+        if count > self.free + len(self.idle):
+            assert blocks is None
+            return False
+        assert blocks is not None
+        assert len(set(blocks)) == count
+        evicted = set(self.idle[: max(0, count - self.free)])
+        assert not set(blocks) & (set(self.holds) | self.landing | set(self.idle) - evicted)
+        self.idle = [block for block in self.idle if block not in evicted]
+        self.named = {name: block for name, block in self.named.items() if block not in evicted}
+        return True
+
+    @rule(target=held, count=st.integers(0, TOTAL + 1))
+    def take(self, count: int) -> object:
+        blocks = self.ledger.take(count)
+        if not self.took(blocks, count):
+            return multiple()
+        assert blocks is not None
+        self.holds += blocks
+        return blocks
+
+    @rule(target=landing_blocks, count=st.integers(0, TOTAL + 1))
+    def take_landing(self, count: int) -> object:
+        blocks = self.ledger.take_landing(count)
+        if not self.took(blocks, count):
+            return multiple()
+        assert blocks is not None
+        self.landing |= set(blocks)
+        return blocks
+
+    @rule(target=held, blocks=consumes(landing_blocks))
+    def landed(self, blocks: list[int]) -> list[int]:
+        self.ledger.landed(blocks)
+        self.landing -= set(blocks)
+        self.holds += blocks
+        return blocks
+
+    @rule(blocks=consumes(landing_blocks))
+    def refuse_landing(self, blocks: list[int]) -> None:
+        self.ledger.refuse_landing(blocks)
+        self.landing -= set(blocks)
+
+    @rule(blocks=held, data=st.data())
+    def publish(self, blocks: list[int], data: st.DataObject) -> None:
+        blocks = [block for block in blocks if block in self.holds]
+        if not blocks:
+            return
+        block, name = data.draw(st.sampled_from(blocks)), data.draw(st.sampled_from(NAMES))
+        self.ledger.publish(block, name)
+        if name not in self.named and block not in self.named.values():
+            self.named[name] = block
+
+    @rule(target=held, wanted=st.lists(st.sampled_from(NAMES), unique=True))
+    def share(self, wanted: list[bytes]) -> list[int]:
+        matching = self.ledger.match(wanted)
+        assert matching == next((i for i, name in enumerate(wanted) if name not in self.named), len(wanted))
+        names = wanted[:matching]
+        blocks = [self.named[name] for name in names]
+        assert self.ledger.idle_among(names) == len(set(blocks) & set(self.idle))
+        assert self.ledger.share(names) == blocks
+        self.idle = [block for block in self.idle if block not in blocks]
+        self.holds += blocks
+        return blocks
+
+    @rule(blocks=consumes(held))
+    def release(self, blocks: list[int]) -> None:
+        self.ledger.release(blocks)
+        for block in reversed(blocks):
+            self.holds.remove(block)
+            if block not in self.holds and block in self.named.values():
+                self.idle.append(block)
+
+    @rule()
+    @precondition(lambda self: self.idle)
+    def clear_cache(self) -> None:
+        self.ledger.clear_cache()
+        self.idle.clear()
+        self.named.clear()
+
+    @invariant()
+    def books_add_up(self) -> None:
+        ledger = self.ledger
+        ledger.check()
+        told = counts(ledger)
+        assert told.blocks_held == len(set(self.holds))
+        assert told.blocks_landing == len(self.landing)
+        assert told.blocks_cached == len(self.idle)
+        assert told.blocks_free == self.free
+        assert ledger.available == self.free + len(self.idle)
+        assert ledger.match(NAMES) == next(
+            (i for i, name in enumerate(NAMES) if name not in self.named), len(NAMES)
+        )
+        if self.holds or self.landing:
+            with pytest.raises(LedgerError):
+                ledger.check(at_rest=True)
+        else:
+            ledger.check(at_rest=True)
+
+
+LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestLedger = LedgerMachine.TestCase
+
+
+def test_a_block_is_let_go_of_once() -> None:
+    ledger = BlockLedger(4, 4)
+    blocks = ledger.take(2)
+    assert blocks is not None
+    ledger.release(blocks)
+    with pytest.raises(LedgerError):
+        ledger.release(blocks)
+
+
+def test_landing_blocks_cannot_be_held_published_or_freed_before_they_landed() -> None:
+    ledger = BlockLedger(4, 4)
+    blocks = ledger.take_landing(1)
+    assert blocks is not None
+    with pytest.raises(LedgerError):
+        ledger.release(blocks)
+    with pytest.raises(LedgerError):
+        ledger.publish(blocks[0], NAMES[0])
+    ledger.landed(blocks)
+    with pytest.raises(LedgerError):
+        ledger.refuse_landing(blocks)
+
+
+def test_a_prefix_outlives_what_was_built_on_it() -> None:
+    ledger = BlockLedger(3, 4)
+    blocks = ledger.take(3)
+    assert blocks is not None
+    for block, name in zip(blocks, NAMES, strict=False):
+        ledger.publish(block, name)
+    ledger.release(blocks)
+    assert ledger.take(1) is not None
+    assert ledger.match(NAMES[:3]) == 2
+
+
+def test_check_sees_books_that_do_not_add_up() -> None:
+    spoils: list[Callable[[BlockLedger], object]] = [
+        lambda ledger: ledger._free.pop(),
+        lambda ledger: ledger._free.append(ledger._free[-1]),
+        lambda ledger: ledger._evictable.update({0: None}),
+        lambda ledger: ledger._hash.__setitem__(3, NAMES[0]),
+        lambda ledger: ledger._holders.__setitem__(0, 1),
+    ]
+    for spoil in spoils:
+        ledger = BlockLedger(4, 4)
+        spoil(ledger)
+        with pytest.raises(LedgerError):
+            ledger.check()
+
+
+class SlotMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = SlotLedger(3)
+        self.state: dict[int, str] = {}  # slots that are not free
+
+    @rule()
+    def lease(self) -> None:
+        slot = self.slots.lease()
+        assert (slot is None) == (len(self.state) == 3)
+        if slot is not None:
+            assert slot not in self.state
+            self.state[slot] = "leased"
+
+    @rule(slot=st.integers(0, 2), move=st.sampled_from(["free_slot", "quarantine", "end_quarantine"]))
+    def move(self, slot: int, move: str) -> None:
+        before = "quarantined" if move == "end_quarantine" else "leased"
+        if self.state.get(slot) != before:
+            with pytest.raises(LedgerError):
+                getattr(self.slots, move)(slot)
+            return
+        getattr(self.slots, move)(slot)
+        if move == "quarantine":
+            self.state[slot] = "quarantined"
+        else:
+            del self.state[slot]
+
+    @invariant()
+    def books_add_up(self) -> None:
+        self.slots.check()
+        states = list(self.state.values())
+        assert self.slots.leased == states.count("leased")
+        assert self.slots.quarantined == states.count("quarantined")
+        assert self.slots.free == 3 - len(states)
+
+
+SlotMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+TestSlots = SlotMachine.TestCase

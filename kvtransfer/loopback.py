@@ -96,6 +96,8 @@ class LoopbackFabric:
             for write in self._writes:
                 if write.target.incarnation == incarnation:
                     self._settle(write, f"{incarnation} is gone")
+                elif write.source.incarnation == incarnation:
+                    self._leave_in_the_air(write)
             self._requeue()
 
     def hang(self, incarnation: str) -> None:
@@ -188,6 +190,12 @@ class LoopbackFabric:
                 if write.sent[row] is None:
                     write.sent[row] = write.source.staging[source : source + length].copy()
         self._writes = [other for other in self._writes if not other.settled]
+
+    def _leave_in_the_air(self, write: _Write) -> None:
+        """The sender dies: about half of what had not landed was on its way already and lands yet."""
+        for row, (source, _, length) in enumerate(write.rows.tolist()):
+            if write.sent[row] is None and self._random.random() < 0.5:
+                write.sent[row] = write.source.staging[source : source + length].copy()
 
     def _requeue(self) -> None:
         for landing in self._held_up:

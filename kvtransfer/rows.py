@@ -21,8 +21,8 @@ def checked(rows: Rows, staging_bytes: int, landing_bytes: int) -> Rows:
     length = rows[:, 2]
     good = length > 0
     for offset, size in ((rows[:, 0], staging_bytes), (rows[:, 1], landing_bytes)):
-        # Without sums: unsigned offsets and lengths could wrap around.
-        good &= (length <= size) & (offset <= np.uint64(size) - np.minimum(length, np.uint64(size)))
+        # Not offset + length: that could wrap around. The difference may too, but only where length > size.
+        good &= (length <= size) & (offset <= np.uint64(size) - length)
     if not good.all():
         bad = int(np.argmin(good))
         raise TransportError(

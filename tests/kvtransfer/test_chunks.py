@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer import chunks
+from kvtransfer.digest import chunk_seed
 
 LAYERS, HEADS = range(4), range(2)
 
@@ -70,6 +72,17 @@ def test_a_changed_token_changes_the_seeds_from_its_chunk_on(
     assert len(base) == len(other) == len(chunks.chunks(start, len(tokens), chunk_tokens))
     assert base[:first_changed] == other[:first_changed]
     assert all(a != b for a, b in zip(base[first_changed:], other[first_changed:], strict=True))
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_seed_is_the_hash_of_salt_and_whole_prefix_and_ranges(start: int) -> None:
+    tokens, salt = list(range(1000, 1030)), b"tenant-1"
+    expected = []
+    for first, count in chunks.chunks(start, len(tokens), 8):
+        ids = b"".join(token.to_bytes(4, "little") for token in tokens[: first + count])
+        prefix = xxhash.xxh3_128_digest(len(salt).to_bytes(8, "little") + salt + ids)
+        expected.append(chunk_seed(prefix, first, count, LAYERS, HEADS))
+    assert seeds(tokens, salt.decode(), start) == expected
 
 
 def test_a_longer_prompt_keeps_the_seeds_of_its_whole_chunks() -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import pytest
 
+from kvtransfer import processes
 from kvtransfer.loopback import LoopbackFabric, LoopbackFaults, LoopbackTransport
-from kvtransfer.rows import OPERATION_ROWS
+from kvtransfer.rows import OPERATION_BYTES, OPERATION_ROWS, operations
 from kvtransfer.transport import Region, Rows, TransportError
 from kvtransfer.transports import Endpoint, allocate_region, open_transport
 from tests.kvtransfer.peer import PeerProcess
@@ -422,6 +427,40 @@ def test_a_sender_killed_in_the_middle_is_gone_only_when_its_bytes_have_stopped(
     for _ in range(2000):
         here.poll()
     assert np.array_equal(here.landing, before)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[8] * 1000, [40 * MIB], [9 * MIB] * 5, [1, 16 * MIB, 1], [100, 33 * MIB, 7]]
+)
+def test_operations_are_bounded_and_move_the_same_bytes(lengths: list[int]) -> None:
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    rows = np.array(
+        [[at, at + 5, length] for at, length in zip(starts, lengths, strict=True)], dtype=np.uint64
+    )
+    parts = operations(rows)
+    assert all(len(part) <= OPERATION_ROWS and part[:, 2].sum() <= OPERATION_BYTES for part in parts)
+    pieces = np.concatenate(parts)
+    assert (pieces[:, 1] == pieces[:, 0] + 5).all() and (pieces[:, 2] > 0).all()
+    ends = pieces[:, 0] + pieces[:, 2]
+    assert pieces[0, 0] == 0 and (pieces[1:, 0] == ends[:-1]).all() and ends[-1] == sum(lengths)
+
+
+def test_a_process_is_dead_only_when_that_is_certain() -> None:
+    me = processes.this_process()
+    assert processes.dead(me) is False
+    assert processes.dead(msgspec.structs.replace(me, started=me.started - 1)) is True  # its id was reused
+    assert processes.dead(msgspec.structs.replace(me, namespace="another host")) is None
+    assert processes.dead(msgspec.structs.replace(me, namespace="")) is None
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    stat = Path(f"/proc/{child.pid}/stat").read_text()
+    identity = processes.ProcessIdentity(
+        me.namespace, child.pid, int(stat[stat.rindex(")") + 2 :].split()[19])
+    )
+    assert processes.dead(identity) is False
+    child.kill()
+    until(lambda: processes.dead(identity) is True, "a zombie, not yet waited for, is dead")
+    child.communicate()
+    assert processes.dead(identity) is True
 
 
 def test_regions_are_page_aligned_and_zero() -> None:

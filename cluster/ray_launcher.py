@@ -226,6 +226,9 @@ class WorkerActor:
         """Becomes the worker of this spec; returns its Started message as JSON."""
         if log:
             _log_to(log)
+        else:
+            # Ray prints what its workers print: nothing of that may come to our standard output.
+            os.dup2(2, 1)
         # Before the shell is imported, because that loads torch.
         os.environ |= environment
         spec = msgspec.json.decode(spec_json, type=WorkerSpec)

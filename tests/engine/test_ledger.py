@@ -55,7 +55,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.named = {name: block for name, block in self.named.items() if block not in evicted}
         return True
 
-    @rule(target=held, count=st.integers(0, TOTAL + 1))
+    @rule(target=held, count=st.integers(0, 4))
     def take(self, count: int) -> object:
         blocks = self.ledger.take(count)
         if not self.took(blocks, count):
@@ -64,7 +64,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.holds += blocks
         return blocks
 
-    @rule(target=landing_blocks, count=st.integers(0, TOTAL + 1))
+    @rule(target=landing_blocks, count=st.integers(0, 4))
     def take_landing(self, count: int) -> object:
         blocks = self.ledger.take_landing(count)
         if not self.took(blocks, count):
@@ -87,7 +87,6 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(blocks=held, data=st.data())
     def publish(self, blocks: list[int], data: st.DataObject) -> None:
-        blocks = [block for block in blocks if block in self.holds]
         if not blocks:
             return
         block, name = data.draw(st.sampled_from(blocks)), data.draw(st.sampled_from(NAMES))
@@ -95,8 +94,10 @@ class LedgerMachine(RuleBasedStateMachine):
         if name not in self.named and block not in self.named.values():
             self.named[name] = block
 
-    @rule(target=held, wanted=st.lists(st.sampled_from(NAMES), unique=True))
-    def share(self, wanted: list[bytes]) -> list[int]:
+    @rule(target=held, data=st.data(), strangers=st.lists(st.sampled_from(NAMES), max_size=2, unique=True))
+    def share(self, data: st.DataObject, strangers: list[bytes]) -> list[int]:
+        known = data.draw(st.permutations(sorted(self.named)))
+        wanted = known + [name for name in strangers if name not in known]
         matching = self.ledger.match(wanted)
         assert matching == next((i for i, name in enumerate(wanted) if name not in self.named), len(wanted))
         names = wanted[:matching]
@@ -114,6 +115,17 @@ class LedgerMachine(RuleBasedStateMachine):
             self.holds.remove(block)
             if block not in self.holds and block in self.named.values():
                 self.idle.append(block)
+
+    @rule(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
+    def run_a_sequence(self, names: list[bytes]) -> None:
+        """The usual life of blocks at once: taken, published, let go of."""
+        blocks = self.take(len(names))
+        if not isinstance(blocks, list):
+            return
+        for block, name in zip(blocks, names, strict=True):
+            self.ledger.publish(block, name)
+            self.named.setdefault(name, block)
+        self.release(blocks)
 
     @rule()
     @precondition(lambda self: self.idle)
@@ -142,7 +154,7 @@ class LedgerMachine(RuleBasedStateMachine):
             ledger.check(at_rest=True)
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestLedger = LedgerMachine.TestCase
 
 
@@ -208,8 +220,9 @@ class SlotMachine(RuleBasedStateMachine):
             assert slot not in self.state
             self.state[slot] = "leased"
 
-    @rule(slot=st.integers(0, 2), move=st.sampled_from(["free_slot", "quarantine", "end_quarantine"]))
-    def move(self, slot: int, move: str) -> None:
+    @rule(data=st.data(), move=st.sampled_from(["free_slot", "quarantine", "end_quarantine"]))
+    def move(self, data: st.DataObject, move: str) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.state) * 3 + [0, 1, 2]))
         before = "quarantined" if move == "end_quarantine" else "leased"
         if self.state.get(slot) != before:
             with pytest.raises(LedgerError):
@@ -230,5 +243,5 @@ class SlotMachine(RuleBasedStateMachine):
         assert self.slots.free == 3 - len(states)
 
 
-SlotMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+SlotMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestSlots = SlotMachine.TestCase

@@ -55,7 +55,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def landed(self, data: st.DataObject, wrong: str) -> None:
         if not self.said:
             return
-        said = data.draw(st.sampled_from(self.said))
+        said = data.draw(st.sampled_from(self.of_state("granted") * 3 + self.said))
         lease = said.lease
         done = ChunkDone(
             said.handoff_id + (wrong == "handoff"),

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -181,3 +182,19 @@ async def test_a_worker_without_room_is_refused_with_numbers(bench: Bench) -> No
         StartError, match=r"huge: Ray has no room for 10000 CPU \(the cluster has [\d.]+ CPU.*num_cpus"
     ):
         await bench.launcher.start_worker(bench.spec("huge"), Place(num_cpus=10000, num_gpus=0))
+
+
+@pytest.mark.parametrize("bench", ["ray"], indirect=True)
+@pytest.mark.ray
+async def test_every_process_of_a_private_ray_carries_the_mark(bench: Bench) -> None:
+    """Or the guard would not find those that outlive a killed supervisor; renaming themselves must not hide it."""
+    handle = await bench.launcher.start_worker(bench.spec("marked"), PLACE)
+    marked = set(guard.marked(bench.mark))
+    assert {handle.started.pid, handle.started.engine_pid} <= marked
+    names = {pid: psutil.Process(pid).name() for pid in marked}
+    assert {"raylet", "gcs_server"} <= set(names.values())
+    raylet = next(pid for pid, name in names.items() if name == "raylet")
+    below = {child.pid: child.name() for child in psutil.Process(raylet).children(recursive=True)}
+    assert len(below) >= 3, "its two agents and the worker"
+    assert set(below) <= set(guard.marked(bench.mark)), below
+    await handle.kill()

@@ -113,6 +113,11 @@ class LandingZone:
         return len(self._handoffs) + len(self._copying)
 
     @property
+    def handoffs(self) -> int:
+        """Hand-offs under way."""
+        return len(self._handoffs)
+
+    @property
     def expecting(self) -> bool:
         return bool(self._handoffs or self._copying or self._slots.quarantined)
 

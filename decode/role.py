@@ -112,7 +112,7 @@ class DecodeRole:
             waiting=self.scheduler.waiting + sum(map(len, self._parked.values())),
             running=self.scheduler.running,
             waiting_tokens=self.scheduler.waiting_tokens,
-            handoffs=self.landing.open_count,
+            handoffs=self.landing.handoffs,
             ledger=counts(self.blocks, self.slots),
             peers=self.landing.connected_peers(),
             counters={

@@ -17,7 +17,9 @@ def root(salt: str) -> bytes:
     return blake2b(salt.encode(), digest_size=HASH_BYTES).digest()
 
 
-def extend(hashes: list[bytes], tokens: list[int], block_size: int, salt: str = "", limit: int | None = None) -> None:
+def extend(
+    hashes: list[bytes], tokens: list[int], block_size: int, salt: str = "", limit: int | None = None
+) -> None:
     """Appends the hashes of the full blocks of `tokens[:limit]` that `hashes` does not name yet."""
     previous = hashes[-1] if hashes else root(salt)
     end = len(tokens) if limit is None else min(limit, len(tokens))

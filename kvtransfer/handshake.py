@@ -17,7 +17,11 @@ def mismatch(mine: Hello, theirs: Hello) -> str:
         ("kv.dtype", mine.kv.dtype, theirs.kv.dtype),
         ("kv.chunk_tokens", mine.kv.chunk_tokens, theirs.kv.chunk_tokens),
     ]
-    wrong = [f"{name} is {ours!r} here and {other!r} at {theirs.worker_id}" for name, ours, other in pairs if ours != other]
+    wrong = [
+        f"{name} is {ours!r} here and {other!r} at {theirs.worker_id}"
+        for name, ours, other in pairs
+        if ours != other
+    ]
     return "; ".join(wrong)
 
 

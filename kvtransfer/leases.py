@@ -107,7 +107,9 @@ class LeaseBook:
             record = self._open[lease_id]
             if record.state is LeaseState.GRANTED:
                 self._close(lease_id)
-                record.state = LEASES.move(record.state, LeaseState.EXPIRED if expired else LeaseState.ABORTED)
+                record.state = LEASES.move(
+                    record.state, LeaseState.EXPIRED if expired else LeaseState.ABORTED
+                )
                 self.slots.quarantine(record.lease.slot)
                 self._quarantine.setdefault(record.peer, {})[lease_id] = record
                 closed += 1

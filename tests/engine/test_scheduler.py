@@ -267,19 +267,23 @@ def test_a_prompt_of_one_token() -> None:
 
 
 def test_sequences_that_draw_nothing_preempt_nobody() -> None:
-    """In a prefill worker a mover may be reading a running sequence's blocks."""
+    """In a prefill worker a mover may be reading a running sequence's blocks: not even its own may be taken."""
     bench = Bench(4, budget=8)
-    prompts = [bench.sequence(prompt_of(9, first=20 * i), samples=False) for i in range(2)]
-    for sequence in prompts:
-        bench.scheduler.add(sequence)
+    sequence = bench.sequence(prompt_of(9), samples=False)
+    bench.scheduler.add(sequence)
     bench.step()
-    bench.step()
-    assert prompts[0].remaining == 0
-    assert prompts[0].phase is Phase.RUNNING
-    bench.scheduler.detach(prompts[0])
+    others = bench.ledger.take(2)
+    assert others is not None
+    assert sequence.remaining == 1
     assert bench.step() is None
-    assert len(prompts[0].block_table) == 3
-    assert bench.scheduler.preemptions == 0
+    assert (sequence.phase, len(sequence.block_table)) == (Phase.RUNNING, 2)
+    bench.ledger.release(others)
+    bench.step()
+    assert sequence.remaining == 0
+    bench.scheduler.detach(sequence)
+    assert len(sequence.block_table) == 3
+    sequence.drop_blocks(bench.ledger)
+    bench.ledger.check(at_rest=True)
 
 
 def test_a_cancelled_sequence_leaves_at_once_and_everywhere() -> None:

@@ -3,6 +3,9 @@
 Who owns which block is the ledger's business; here are only the bytes. Written by the model, read by attention and by
 the transfer. Layer i is [2 (k, v), num_blocks, block_size, kv_heads, head_dim]: the slots of a block lie together, so
 that attention gathers whole blocks, and a block of one layer is two pieces for the transfer.
+
+All layer groups of a model (`ModelConfig.groups`) share the block ids: a layer with a sliding window keeps the blocks
+that have left its window as long as the others need theirs. It reads none of them.
 """
 
 from __future__ import annotations

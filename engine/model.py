@@ -7,7 +7,6 @@ replica is the same decoder with fewer heads in its weights and an all-reduce fo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 
 from engine.attention import AttentionPlan, PagedAttention
 from engine.kv_cache import KVCache
-from engine.model_config import ModelConfig, RopeConfig
+from engine.model_config import ModelConfig
+from engine.rotary import Rotary, rotate
 from engine.weights import LayerWeights, Weights
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -26,35 +26,9 @@ def _alone(partial: torch.Tensor) -> torch.Tensor:
     return partial
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Rotary frequencies [head_dim / 2], fp32, in the order of operations of transformers' modeling_rope_utils."""
-    frequencies = 1.0 / (
-        rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float) / head_dim)
-    )
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    if rope.kind == "llama3":
-        longest = rope.original_max_positions / rope.low_freq_factor
-        shortest = rope.original_max_positions / rope.high_freq_factor
-        wavelength = 2 * math.pi / frequencies
-        stretched = torch.where(wavelength > longest, frequencies / rope.factor, frequencies)
-        smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
-        blended = (1 - smooth) * stretched / rope.factor + smooth * stretched
-        medium = ~(wavelength < shortest) & ~(wavelength > longest)
-        return torch.where(medium, blended, stretched)
-    return frequencies
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalised in fp32, rounded to the dtype of x, then scaled: F.rms_norm with a weight would round only once."""
     return F.rms_norm(x, (x.shape[-1],), None, eps).mul_(weight)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [tokens, heads, dim]; cos, signed_sin [tokens, 1, dim], the first half of sin negated."""
-    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(signed_sin))
 
 
 class Decoder:
@@ -70,7 +44,9 @@ class Decoder:
         self._cache = cache
         self._reduce = reduce
         self._attention = PagedAttention()
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(weights.device)
+        self._rotary = Rotary(config.rope, config.head_dim, weights.device)
+        self._windows = config.windows
+        self._qk_norms = [self._qk_norm(layer) for layer in weights.layers]
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, wanted: torch.Tensor | None
@@ -95,12 +71,6 @@ class Decoder:
             x = x + self._feed_forward(layer, x)
         return self._weights.head(rms_norm(x, self._weights.norm, self.config.rms_eps))
 
-    def _rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = positions.unsqueeze(1).float() * self._frequencies
-        cos, sin = angles.cos(), angles.sin()
-        doubled = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
-        return doubled[0].to(dtype).unsqueeze(1), doubled[1].to(dtype).unsqueeze(1)
-
     def _attend(
         self,
         index: int,
@@ -115,12 +85,23 @@ class Decoder:
         q_heads, kv_heads = self._weights.q_heads, self._weights.kv_heads
         normed = rms_norm(x, layer.input_norm, self.config.rms_eps)
         qkv = layer.qkv(normed).view(len(x), q_heads + 2 * kv_heads, self.config.head_dim)
-        rotated = rotate(qkv[:, : q_heads + kv_heads], cos, sin)
+        turned, qk_norm = qkv[:, : q_heads + kv_heads], self._qk_norms[index]
+        if qk_norm is not None:
+            turned = rms_norm(turned, qk_norm, self.config.rms_eps)
+        rotated = rotate(turned, cos, sin)
         q, k, v = rotated[:, :q_heads], rotated[:, q_heads:], qkv[:, q_heads + kv_heads :]
         self._cache.write(index, plan.slots, k, v)
         if keys_only:
             return None
-        return self._attention(q, k, v, self._cache.layers[index], plan).view(len(x), -1)
+        reads = plan.reads[self._windows[index]]
+        return self._attention(q, k, v, self._cache.layers[index], reads).view(len(x), -1)
+
+    def _qk_norm(self, layer: LayerWeights) -> torch.Tensor | None:
+        """The scales of queries and keys as one [q_heads + kv_heads, head_dim], so that both are normed at once."""
+        if layer.q_norm is None or layer.k_norm is None:
+            return None
+        queries = layer.q_norm.expand(self._weights.q_heads, -1)
+        return torch.cat((queries, layer.k_norm.expand(self._weights.kv_heads, -1)))
 
     def _feed_forward(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(x, layer.post_norm, self.config.rms_eps)

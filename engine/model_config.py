@@ -1,7 +1,8 @@
 """What a model is: the facts of a Hugging Face folder that the engine needs, checked once, without torch.
 
 Read by the runner, the scheduler's sizing, the transfer layout and the hand-shake. Whatever the decoder cannot compute
-exactly is refused here with the key and the value named: a model that loads is a model that is right.
+exactly is refused here with the key and the value named: a model that loads is a model that is right. How to add a
+family: docs/model-families.md.
 """
 
 from __future__ import annotations
@@ -13,27 +14,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-RopeKind = Literal["default", "linear", "llama3"]
+from engine.config_fields import UnsupportedModel, boolean, integer, number, read_json, refuse, token_ids
+from engine.rope_config import RopeConfig, read_rope
+
+__all__ = ["LayerGroup", "ModelConfig", "RopeConfig", "UnsupportedModel", "fingerprint", "weight_files"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _WHOLE_FILE_BYTES = 64 << 20  # below this every byte of a weight file enters the fingerprint
 _SAMPLES, _SAMPLE_BYTES = 256, 64 << 10
 
-
-class UnsupportedModel(ValueError):
-    """The folder is not a model that this engine computes exactly; the message names the key and the value."""
+# Keys that change the mathematics of a decoder, and the values with which they change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "quantization_config": ({},),
+    "compression_config": ({},),
+    "hidden_act": ("silu",),
+    "is_encoder_decoder": (False,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "n_routed_experts": (0,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "attention_chunk_size": (),
+    "attention_sinks": (False,),
+    "query_pre_attn_scalar": (),
+    "attention_multiplier": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "no_rope_layers": ([],),
+    "vision_config": (),
+    "text_config": (),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary embedding: base, and the rule that stretches it with its numbers (unused ones keep their defaults)."""
+class LayerGroup:
+    """Layers whose KV is of one kind: "full" attends to everything before, "window" to the last `window` tokens.
 
-    theta: float = 10000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 0
+    A query counts among its own window. All groups of a model have its kv_heads, head_dim and dtype for now.
+    """
+
+    kind: Literal["full", "window"]
+    layers: tuple[int, ...]
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +65,7 @@ class ModelConfig:
     """One configurable decoder: pre-norm, RoPE, grouped-query attention, gated MLP (SiLU).
 
     Families differ only in these fields, so a new one is a function that fills them in (`_FAMILIES`), not a new model.
+    `groups` cover each layer once.
     """
 
     architecture: str
@@ -57,6 +82,8 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    qk_norm: bool
+    groups: tuple[LayerGroup, ...]
     max_positions: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -67,13 +94,19 @@ class ModelConfig:
         """Query heads that share one kv head."""
         return self.q_heads // self.kv_heads
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """For each layer how many tokens a query sees, itself included; 0: all."""
+        by_layer = {layer: group.window for group in self.groups for layer in group.layers}
+        return tuple(by_layer[layer] for layer in range(self.layers))
+
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
         """Reads config.json and generation_config.json; raises UnsupportedModel, or FileNotFoundError."""
         folder = Path(path)
-        raw = _read_json(folder / "config.json")
+        raw = read_json(folder / "config.json")
         generation_file = folder / "generation_config.json"
-        generation = _read_json(generation_file) if generation_file.exists() else {}
+        generation = read_json(generation_file) if generation_file.exists() else {}
         return cls.from_dict(raw, generation)
 
     @classmethod
@@ -89,14 +122,46 @@ class ModelConfig:
 
 
 def _llama(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-    bias = _boolean(raw, "attention_bias", False)
-    return _decoder(
-        raw, generation, qkv_bias=bias, output_bias=bias, mlp_bias=_boolean(raw, "mlp_bias", False)
-    )
+    refuse(raw, "sliding_window", allowed=())
+    bias = boolean(raw, "attention_bias", False)
+    mlp_bias = boolean(raw, "mlp_bias", False)
+    return _decoder(raw, generation, qkv_bias=bias, output_bias=bias, mlp_bias=mlp_bias)
+
+
+def _mistral(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
+    window = None
+    if raw.get("sliding_window", 4096) is not None:  # absent is the family's default, null is none
+        window = integer(raw, "sliding_window", 4096)
+    return _decoder(raw, generation, window=window)
+
+
+def _qwen2(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
+    return _decoder(raw, generation, qkv_bias=True, **_qwen_windows(raw))
+
+
+def _qwen3(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
+    bias = boolean(raw, "attention_bias", False)
+    raw = {"head_dim": 128, **raw}
+    return _decoder(raw, generation, qkv_bias=bias, output_bias=bias, qk_norm=True, **_qwen_windows(raw))
+
+
+def _qwen_windows(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The window, and how many of the first layers are without it unless `layer_types` says it for each."""
+    if not boolean(raw, "use_sliding_window", False):
+        return {}
+    if raw.get("sliding_window", 4096) is None:
+        raise UnsupportedModel("use_sliding_window=True without sliding_window")
+    first = raw.get("max_window_layers", 28)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise UnsupportedModel(f"max_window_layers={first!r}: expected a number of layers")
+    return {"window": integer(raw, "sliding_window", 4096), "first_windowed": first, "mixed": True}
 
 
 _FAMILIES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]] = {
-    "LlamaForCausalLM": _llama
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
 }
 
 
@@ -104,128 +169,88 @@ def _decoder(
     raw: Mapping[str, Any],
     generation: Mapping[str, Any],
     *,
-    qkv_bias: bool,
-    output_bias: bool,
-    mlp_bias: bool,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    window: int | None = None,
+    first_windowed: int = 0,
+    mixed: bool = False,
 ) -> ModelConfig:
-    """The fields that all families share, checked."""
-    _refuse(raw, "quantization_config", allowed=(None,))
-    _refuse(raw, "hidden_act", allowed=(None, "silu"))
-    _refuse(raw, "sliding_window", allowed=(None,))
-    _refuse(raw, "is_encoder_decoder", allowed=(None, False))
-    hidden, q_heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
-    kv_heads = _integer(raw, "num_key_value_heads", q_heads)
+    """The fields that all families share, checked. `mixed`: `layer_types` may choose which layers have the window."""
+    for key, harmless in _UNSUPPORTED.items():
+        refuse(raw, key, harmless)
+    hidden, q_heads, layers = (
+        integer(raw, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    kv_heads = integer(raw, "num_key_value_heads", q_heads)
     if q_heads % kv_heads:
         raise UnsupportedModel(
             f"num_key_value_heads={kv_heads} does not divide num_attention_heads={q_heads}"
         )
     if raw.get("head_dim") is None and hidden % q_heads:
         raise UnsupportedModel(f"hidden_size={hidden} is no multiple of num_attention_heads={q_heads}")
-    head_dim = _integer(raw, "head_dim", hidden // q_heads)
+    head_dim = integer(raw, "head_dim", hidden // q_heads)
     if head_dim % 2:
         raise UnsupportedModel(f"head_dim={head_dim} is odd; rotary embedding needs pairs")
-    eos = generation.get("eos_token_id")
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if dtype not in _DTYPES:
         raise UnsupportedModel(f"dtype={dtype!r}: supported are {_DTYPES}")
-    max_positions = _integer(raw, "max_position_embeddings")
+    rope, max_positions = read_rope(raw, integer(raw, "max_position_embeddings"))
+    eos_in = generation if generation.get("eos_token_id") is not None else raw
     return ModelConfig(
         architecture=raw["architectures"][0],
         hidden_size=hidden,
-        layers=_integer(raw, "num_hidden_layers"),
+        layers=layers,
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=_integer(raw, "intermediate_size"),
-        vocab_size=_integer(raw, "vocab_size"),
-        rms_eps=_number(raw, "rms_norm_eps", 1e-6),
-        rope=_rope(raw, max_positions),
-        tie_embeddings=_boolean(raw, "tie_word_embeddings", False),
+        intermediate_size=integer(raw, "intermediate_size"),
+        vocab_size=integer(raw, "vocab_size"),
+        rms_eps=number(raw, "rms_norm_eps", 1e-6),
+        rope=rope,
+        tie_embeddings=boolean(raw, "tie_word_embeddings", False),
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+        groups=_groups(_layer_types(raw, layers, window, first_windowed, mixed), window or 0, max_positions),
         max_positions=max_positions,
-        eos_token_ids=_token_ids("eos_token_id", raw.get("eos_token_id") if eos is None else eos),
-        bos_token_id=next(iter(_token_ids("bos_token_id", raw.get("bos_token_id"))), None),
+        eos_token_ids=token_ids(eos_in, "eos_token_id"),
+        bos_token_id=next(iter(token_ids(raw, "bos_token_id")), None),
         dtype=dtype,
     )
 
 
-def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before); the newer key wins."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    if not isinstance(rope, Mapping):
-        raise UnsupportedModel(f"{key}={rope!r}: expected an object")
-    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise UnsupportedModel(f"partial_rotary_factor={partial!r}: only 1.0 is supported")
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, "linear", factor=_number(rope, "factor"))
-    if kind == "llama3":
-        original = rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
-        return RopeConfig(
-            theta,
-            "llama3",
-            factor=_number(rope, "factor"),
-            low_freq_factor=_number(rope, "low_freq_factor"),
-            high_freq_factor=_number(rope, "high_freq_factor"),
-            original_max_positions=int(original or max_positions),
+def _layer_types(
+    raw: Mapping[str, Any], layers: int, window: int | None, first_windowed: int, mixed: bool
+) -> list[str]:
+    """The kind of each layer in the words of config.json: as `layer_types` says, else by the family's rule."""
+    expected = [
+        "sliding_attention" if window is not None and layer >= first_windowed else "full_attention"
+        for layer in range(layers)
+    ]
+    given = raw.get("layer_types")
+    if given is None or given == expected:
+        return expected
+    allowed = {"full_attention", "sliding_attention"} if mixed else set(expected)
+    if not isinstance(given, list) or len(given) != layers or not set(given) <= allowed:
+        raise UnsupportedModel(
+            f"layer_types={given!r}: expected {layers} of {sorted(allowed)}, given sliding_window={window}"
         )
-    raise UnsupportedModel(f"{key}.rope_type={kind!r}: supported are default, linear, llama3")
+    return given
 
 
-# --- reading with errors that name the key --------------------------------------------------------------------------
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UnsupportedModel(f"{file}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedModel(f"{file}: expected an object, found {type(value).__name__}")
-    return value
-
-
-def _refuse(raw: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
-    if raw.get(key) not in allowed:
-        raise UnsupportedModel(f"{key}={raw[key]!r}: not supported")
-
-
-def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedModel(f"{key}={value!r}: expected a positive integer")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-        raise UnsupportedModel(f"{key}={value!r}: expected a positive number")
-    return float(value)
-
-
-def _boolean(raw: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = raw.get(key)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise UnsupportedModel(f"{key}={value!r}: expected true or false")
-    return value
-
-
-def _token_ids(key: str, value: Any) -> tuple[int, ...]:
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
-        raise UnsupportedModel(f"{key}={value!r}: expected token ids")
-    return ids
+def _groups(types: list[str], window: int, max_positions: int) -> tuple[LayerGroup, ...]:
+    """One group of each kind that occurs; a window that no sequence can outgrow is none."""
+    windowed = tuple(
+        layer for layer, kind in enumerate(types) if kind == "sliding_attention" and window < max_positions
+    )
+    full = tuple(layer for layer in range(len(types)) if layer not in windowed)
+    groups = [LayerGroup("full", full)] if full else []
+    if windowed:
+        groups.append(LayerGroup("window", windowed, window))
+    return tuple(groups)
 
 
 # --- identity -------------------------------------------------------------------------------------------------------
@@ -241,7 +266,7 @@ def weight_files(path: str | Path) -> list[Path]:
         raise UnsupportedModel(
             f"{folder}: neither {single.name} nor {index.name}; only safetensors weights are read"
         )
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnsupportedModel(f"{index}: weight_map is missing or empty")
     files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -258,7 +283,7 @@ def fingerprint(path: str | Path) -> str:
     content: whole when small, otherwise evenly spaced samples (a fine-tune changes nearly all of it).
     """
     folder = Path(path)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     for provenance in ("transformers_version", "_name_or_path"):
         config.pop(provenance, None)
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)

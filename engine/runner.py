@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.attention import GATHER_BYTES, AttentionPlan
+from engine.attention import GATHER_BYTES, AttentionPlan, Rows
 from engine.kv_cache import KVCache, block_bytes
 from engine.model import Decoder
 from engine.model_config import ModelConfig
@@ -32,6 +32,7 @@ class Runner:
         self._device = weights.device
         token_bytes = 2 * kv_cache.kv_heads * kv_cache.head_dim * kv_cache.dtype.itemsize
         self._gather_tokens = GATHER_BYTES // token_bytes if self._device.type == "cpu" else 1 << 40
+        self._windows = tuple(sorted(set(config.windows)))
         self._decoder = Decoder(config, weights, kv_cache)
 
     @torch.inference_mode()
@@ -73,15 +74,13 @@ class Runner:
         )
         offsets = np.asarray(starts, dtype=np.int64) - ends + counts
         positions = np.arange(len(tokens)) + np.repeat(offsets, counts)
+        tables = [row.block_table.ids for row in rows]
         plan = AttentionPlan.build(
-            starts,
-            counts,
-            [row.block_table.ids for row in rows],
-            decodes,
-            self.kv_cache.block_size,
+            Rows(starts, counts, tables, decodes, self.kv_cache.block_size),
             self.kv_cache.dtype,
             self._device,
             self._gather_tokens,
+            self._windows,
         )
         drawing = np.array([everywhere or row.sampling is not None for row in rows])
         wanted = self._to_device(ends[drawing] - 1) if drawing.any() else None

@@ -21,6 +21,12 @@ Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all) of the checkpoint."""
 
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # a buffer that old checkpoints carry; computed from the config
+_PLAIN_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)  # fp8 is quantised: it lacks its scales
 
 
 @dataclass(slots=True)
@@ -29,6 +35,8 @@ class LayerWeights:
 
     input_norm: torch.Tensor  # [hidden]
     qkv: Linear  # [(q_heads + 2 * kv_heads) * head_dim, hidden]: all queries, then keys, then values
+    q_norm: torch.Tensor | None  # [head_dim], as k_norm; None where the family has none
+    k_norm: torch.Tensor | None
     output: Linear  # [hidden, q_heads * head_dim]
     post_norm: torch.Tensor  # [hidden]
     gate_up: Linear  # [2 * intermediate, hidden]: gate, then up
@@ -103,7 +111,7 @@ def _fill(
         raise UnsupportedModel(
             f"{file}: {name!r} is {list(tensor.shape)}, the config says {list(place.shape)}"
         )
-    if not tensor.is_floating_point():
+    if tensor.dtype not in _PLAIN_DTYPES:
         raise UnsupportedModel(f"{file}: {name!r} is {tensor.dtype}; quantised weights are not supported")
     place.copy_(tensor)
     filled.add(name)
@@ -117,10 +125,13 @@ def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
         return Linear(empty(rows, columns), empty(rows) if bias else None)
 
     hidden, inner, q_rows = config.hidden_size, config.intermediate_size, config.q_heads * config.head_dim
+    norms = config.head_dim if config.qk_norm else None
     layers = [
         LayerWeights(
             input_norm=empty(hidden),
             qkv=linear(q_rows + 2 * config.kv_heads * config.head_dim, hidden, config.qkv_bias),
+            q_norm=empty(norms) if norms else None,
+            k_norm=empty(norms) if norms else None,
             output=linear(hidden, q_rows, config.output_bias),
             post_norm=empty(hidden),
             gate_up=linear(2 * inner, hidden, config.mlp_bias),
@@ -147,6 +158,9 @@ def _places(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{index}."
         places[prefix + "input_layernorm.weight"] = layer.input_norm
         places[prefix + "post_attention_layernorm.weight"] = layer.post_norm
+        if layer.q_norm is not None and layer.k_norm is not None:
+            places[prefix + "self_attn.q_norm.weight"] = layer.q_norm
+            places[prefix + "self_attn.k_norm.weight"] = layer.k_norm
         fused_parts: tuple[tuple[Linear, tuple[str, ...], list[int]], ...] = (
             (layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), [q, kv, kv]),
             (layer.output, ("self_attn.o_proj",), [config.hidden_size]),

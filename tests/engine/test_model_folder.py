@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from engine.api import SamplingParams
 from engine.kv_cache import KVCache, block_bytes, blocks_in
-from engine.model_config import ModelConfig, RopeConfig, UnsupportedModel, fingerprint
+from engine.model_config import LayerGroup, ModelConfig, RopeConfig, UnsupportedModel, fingerprint
 from engine.plan import BlockTable, Row, StepPlan
 from engine.runner import load_runner
 from engine.weights import load_weights
@@ -35,6 +35,13 @@ def edit(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+
+
+def rope(kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **numbers}
+
+
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
 
 
 def first_logits(folder: Path, dtype: str = "auto") -> torch.Tensor:
@@ -61,9 +68,27 @@ def test_reads_the_tiny_model() -> None:
         ({"architectures": "absent"}, r"architectures=\[\]"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'}"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters.rope_type='yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type='dynamic'"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "factor=None"),
+        ({"num_local_experts": 8}, "num_local_experts=8"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"attention_sinks": True}, "attention_sinks=True"),
+        ({"rope_parameters": rope("longrope", factor=2.0)}, "rope_parameters.rope_type='longrope'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, "rope_scaling.rope_type='su'"),
+        ({"rope_parameters": rope("linear")}, "factor=None"),
+        ({"rope_parameters": rope("linear", factor=0)}, "factor=0"),
+        ({"rope_parameters": rope("default", mrope_section=[16, 24])}, r"mrope_section=\[16, 24\]"),
+        ({"rope_parameters": rope("dynamic", factor=2.0, alpha=1000)}, "rope_parameters.alpha=1000"),
+        ({"rope_parameters": {"full_attention": rope("default")}}, "rope_parameters.full_attention="),
+        (
+            {"rope_parameters": rope("llama3", factor=8, low_freq_factor=4, high_freq_factor=1)},
+            "low_freq_factor=4.0",
+        ),
+        (
+            {
+                "rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=64),
+                "original_max_position_embeddings": 32,
+            },
+            "original_max_position_embeddings is 64 .* 32",
+        ),
         ({"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor=0.5"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
@@ -72,12 +97,89 @@ def test_reads_the_tiny_model() -> None:
         ({"attention_bias": "yes"}, "attention_bias='yes'"),
         ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn'"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"layer_types": ["sliding_attention"] * 4}, r"layer_types=\['sliding_attention', "),
+        ({"layer_types": ["full_attention"] * 3}, r"layer_types=.*expected 4 of \['full_attention'\]"),
+        ({**QWEN2, "layer_types": ["sliding_attention"] * 4}, "layer_types=.*sliding_window=None"),
+        ({**QWEN2, "use_sliding_window": True, "sliding_window": None}, "without sliding_window"),
+        (
+            {**QWEN2, "use_sliding_window": True, "layer_types": ["chunked_attention"] * 4},
+            r"layer_types=\['chunked_attention'",
+        ),
     ],
 )
 def test_refuses_by_key_and_value(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit(folder, **changes)
     with pytest.raises(UnsupportedModel, match=message):
         ModelConfig.from_folder(folder)
+
+
+FULL = LayerGroup("full", (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups"),
+    [
+        ({}, (FULL,)),
+        ({"layer_types": ["full_attention"] * 4}, (FULL,)),
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 64},
+            (LayerGroup("window", (0, 1, 2, 3), 64),),
+        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (FULL,)),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, (FULL,)),  # nobody can outgrow it
+        (
+            {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},  # absent: the default
+            (LayerGroup("window", (0, 1, 2, 3), 4096),),
+        ),
+        ({**QWEN2, "sliding_window": 64, "max_window_layers": 0}, (FULL,)),  # not used
+        (
+            {**QWEN2, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3},
+            (LayerGroup("full", (0, 1, 2)), LayerGroup("window", (3,), 64)),
+        ),
+        (
+            {
+                **QWEN2,
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (LayerGroup("full", (1, 3)), LayerGroup("window", (0, 2), 64)),
+        ),
+    ],
+)
+def test_layers_are_grouped_by_what_they_see(
+    folder: Path, changes: dict[str, Any], groups: tuple[LayerGroup, ...]
+) -> None:
+    edit(folder, **changes)
+    config = ModelConfig.from_folder(folder)
+    assert config.groups == groups
+    assert len(config.windows) == 4
+    assert all(config.windows[layer] == group.window for group in groups for layer in group.layers)
+
+
+def test_how_many_positions_a_rope_is_good_for(folder: Path) -> None:
+    """Dynamic only up to the original length; yarn as far as it stretches, whatever max_position_embeddings says."""
+    original = {"original_max_position_embeddings": 512}
+    for parameters, expected in (
+        (rope("default"), 4096),
+        (rope("dynamic", factor=4.0), 4096),
+        (rope("dynamic", factor=4.0, **original), 512),
+        (rope("yarn", factor=2.0, **original), 4096),
+        (rope("yarn", factor=16.0, **original), 8192),
+        (rope("yarn", factor=16.0), 4096),
+    ):
+        edit(folder, rope_parameters=parameters)
+        assert ModelConfig.from_folder(folder).max_positions == expected, parameters
+
+
+def test_rope_scaling_wins_as_in_transformers(folder: Path) -> None:
+    edit(
+        folder,
+        rope_theta=7.0,
+        rope_parameters=rope("linear", factor=2.0),
+        rope_scaling={"rope_type": "linear", "factor": 3.0},
+    )
+    assert ModelConfig.from_folder(folder).rope == RopeConfig(7.0, "linear", 3.0)
 
 
 def test_reads_rope_in_both_spellings(folder: Path) -> None:
@@ -107,6 +209,7 @@ def test_names_missing_unexpected_and_misshapen_tensors(folder: Path) -> None:
         (good | {"model.layers.9.extra": torch.ones(2)}, r"unexpected tensor 'model.layers.9.extra' \[2\]"),
         (good | {name: torch.ones(3, 4)}, rf"'{name}' is \[3, 4\], the config says \[192, 96\]"),
         (good | {name: good[name].to(torch.int8)}, f"'{name}' is torch.int8"),
+        (good | {name: good[name].to(torch.float8_e4m3fn)}, f"'{name}' is torch.float8_e4m3fn"),
     ):
         save_file(tensors, file)
         with pytest.raises(UnsupportedModel, match=message):

@@ -75,6 +75,7 @@ class RayLauncher:
             raise StartError(
                 f"Ray ({self._address}) did not start within {self._start_timeout_s:g} s"
             ) from None
+        _take_back(signal.SIGTERM)
 
     async def start_worker(self, spec: WorkerSpec, place: Place) -> WorkerHandle:
         group = await self._reserve(spec, place)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,3 +75,16 @@ def members(folder: Path, who: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {"version": 0, "members": {}}
     return told
+
+
+def clear_away(process: subprocess.Popen[bytes], variable: str, value: str) -> None:
+    """Kills a `baton serve` and waits for its guard to do its work; kills what is left all the same."""
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+    deadline = time.monotonic() + LIMIT_S
+    while carrying(variable, value) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in carrying(variable, value):
+        os.kill(pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from cluster.config import CHECKOUT
-from tests.cluster.helpers import LIMIT_S, carrying, eventually
+from tests.cluster.helpers import LIMIT_S, carrying, clear_away, eventually
 
 MARK = "BATON_TEST_RUN"
 MODEL = CHECKOUT / "models" / "baton-tiny"
@@ -93,12 +93,7 @@ async def served(folder: Path, launcher: str) -> AsyncIterator[Baton]:
         await baton.wait_ready()
         yield baton
     finally:
-        baton.process.kill()
-        baton.process.wait()
-        assert baton.process.stdout is not None
-        baton.process.stdout.close()
-        for pid in baton.left():
-            os.kill(pid, signal.SIGKILL)
+        clear_away(baton.process, MARK, baton.value)
 
 
 @launchers
@@ -127,6 +122,7 @@ async def test_it_starts_answers_and_stops(tmp_path: Path, launcher: str) -> Non
         begun = time.monotonic()
         await eventually(lambda: baton.process.poll() is not None, "baton serve ends")
         assert time.monotonic() - begun < 10 and baton.process.returncode == 0, baton.errors.read_text()
+        assert "***" not in baton.errors.read_text(), "Ray printed a stack for SIGTERM"
         await eventually(lambda: not baton.left(), "nothing is left")
 
 

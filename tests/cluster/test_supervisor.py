@@ -29,7 +29,7 @@ from cluster.report import Report
 from cluster.supervisor import Supervisor, SupervisorError
 from router.spec import RouterStarted
 from tests.cluster import fakes
-from tests.cluster.helpers import LIMIT_S, carrying, eventually, make_model, members, running
+from tests.cluster.helpers import LIMIT_S, carrying, clear_away, eventually, make_model, members, running
 from worker.spec import Started
 
 # ---- pure parts ------------------------------------------------------------------------------------------------
@@ -308,12 +308,7 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
     yield make
     for served in made:
-        served.process.kill()
-        served.process.wait()
-        assert served.process.stdout is not None
-        served.process.stdout.close()
-        for pid in served.left():
-            os.kill(pid, signal.SIGKILL)
+        clear_away(served.process, served.variable, served.value)
 
 
 launchers = pytest.mark.parametrize(

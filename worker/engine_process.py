@@ -34,6 +34,8 @@ class EngineProcess:
         to_engine, from_engine = ring.create(), ring.create()
         life_read, life_write = os.pipe2(os.O_CLOEXEC)
         inherited = [to_engine.memory, to_engine.event, from_engine.memory, from_engine.event, life_read]
+        # Without the cluster token: it is the shell's, and anyone on the machine can read a command line.
+        spec = msgspec.structs.replace(spec, token="")
         arguments = {"spec": spec, "to_engine": to_engine, "from_engine": from_engine, "life": life_read}
         environment = {
             **os.environ,

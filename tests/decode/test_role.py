@@ -9,6 +9,7 @@ from decode.landing import CREDITS_PER_HANDOFF, PROBE_PERIOD_S
 from decode.role import DecodeRole
 from engine.ledger import BlockLedger, SlotLedger
 from engine.scheduler import Limits
+from kvtransfer.leases import LEASES, LeaseState
 from kvtransfer.messages import (
     Abort,
     Begin,
@@ -219,7 +220,26 @@ def test_a_chunk_whose_announcement_was_lost_is_found_out_by_done(desk: Desk) ->
     assert desk.role.slots.quarantined == 1
 
 
+def test_done_may_come_before_the_last_copies(desk: Desk) -> None:
+    request = desk.submit(prompt_of(25), to="prefill")
+    begin, leases = desk.begun()
+    desk.copies = False
+    for lease in leases[:2]:
+        desk.say(desk.write(begin, lease))
+    desk.turn()
+    desk.say(desk.write(begin, leases[2]))
+    desk.say(Done(begin.handoff_id, 0, 0.0, 0.0))
+    desk.copies = True
+    desk.turn()
+    for job in desk.read_jobs(CopyOut)[:2]:
+        desk.copy_out(job)
+    desk.run()
+    assert desk.right(request)
+    assert not desk.read(Abort)
+
+
 def test_silence_ends_with_the_deadline_and_keeps_what_was_verified(desk: Desk) -> None:
+    expired = LEASES.taken[LeaseState.GRANTED, LeaseState.EXPIRED]
     request = desk.submit(prompt_of(25), to="prefill")
     begin, leases = desk.begun()
     desk.say(desk.write(begin, leases[0]))
@@ -230,6 +250,7 @@ def test_silence_ends_with_the_deadline_and_keeps_what_was_verified(desk: Desk) 
     assert desk.right(request)
     assert desk.role.counters["handoffs_expired"] == 1
     assert desk.role.slots.quarantined == 2
+    assert LEASES.taken[LeaseState.GRANTED, LeaseState.EXPIRED] == expired + 2
     trace = desk.ends[request.request].trace
     assert trace is not None
     assert trace.remote_tokens == 8
@@ -369,6 +390,8 @@ def test_a_restarted_prefill_worker_is_another_peer(desk: Desk) -> None:
     desk.run()
     assert desk.right(first)
     assert desk.right(second)
+    desk.submit(prompt_of(9, first=30), to="prefill")
+    desk.begun()
 
 
 def test_all_slots_in_quarantine_mean_no_handoff() -> None:
@@ -423,6 +446,7 @@ def test_cancel_during_a_handoff_tells_the_writer(desk: Desk) -> None:
 @pytest.mark.parametrize("verified", [True, False])
 def test_cancel_while_a_chunk_is_copied(desk: Desk, verified: bool) -> None:
     """The mover is writing into the blocks: they are free when it says so, not before."""
+    aborted = LEASES.taken[LeaseState.LANDED, LeaseState.ABORTED]
     request = desk.submit(prompt_of(9), to="prefill")
     begin, (lease,) = desk.begun()
     desk.copies = False
@@ -437,6 +461,7 @@ def test_cancel_while_a_chunk_is_copied(desk: Desk, verified: bool) -> None:
     desk.role.report(Copied(begin.handoff_id, lease.lease_id, verified), desk.now)
     assert desk.at_rest()
     assert desk.ledger.cached == 0
+    assert LEASES.taken[LeaseState.LANDED, LeaseState.ABORTED] == aborted + 1
     assert desk.role.slots.free == 8
 
 
@@ -594,7 +619,7 @@ def test_handoffs_that_hold_the_pool_give_way_youngest_first_and_with_their_bloc
     oldest = desk.submit(
         prompt_of(13) + prompt_of(27, first=5), 1, to="prefill"
     )  # 10 blocks, 3 of them cached
-    young = desk.submit(prompt_of(13, first=20) + prompt_of(12, first=5), 1, to="prefill")
+    young = desk.submit(prompt_of(13, first=20) + prompt_of(26, first=5), 1, to="prefill")
     desk.turn()
     begins = desk.read(Begin)
     assert len(begins) == 2
@@ -631,21 +656,23 @@ def test_a_young_handoffs_chunk_waits_in_its_slot_while_the_oldest_needs_the_blo
 
 
 def test_what_landed_may_take_the_pool_from_open_handoffs_when_nothing_runs() -> None:
-    desk = Desk(blocks=10, timeout_s=1000.0)
+    """The open hand-off finds all that it needs, but may take long; what has landed lacks one block, for no reason."""
+    desk = Desk(blocks=9, timeout_s=1000.0)
     desk.peer_up()
     first = desk.submit(prompt_of(29), 1, to="prefill")
     begin, leases = desk.begun()
     desk.say(desk.write(begin, leases[0]))
     desk.run()
     second = desk.submit(prompt_of(13, first=20), 1, to="prefill")
+    young, offered = desk.begun()
+    desk.say(desk.write(young, offered[0]))
     desk.run()
+    assert desk.ledger.available == 5
     desk.say(Failed(begin.handoff_id, "no"))  # it has 2 blocks and needs 6 more
     desk.run()
     assert desk.right(first)
-    begins = desk.read(Begin)
-    desk.deliver(begins[0], desk.credits(begins[0]))
-    desk.run()
     assert desk.right(second)
+    assert desk.at_rest()
 
 
 def test_chunks_that_do_not_begin_on_blocks_are_an_error_at_start() -> None:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,62 +18,16 @@ from typing import Any
 import pytest
 
 from cluster.config import CHECKOUT
-from tests.cluster.helpers import LIMIT_S, carrying, clear_away, eventually
-
-MARK = "BATON_TEST_RUN"
-MODEL = CHECKOUT / "models" / "baton-tiny"
+from tests.cluster.helpers import LIMIT_S, eventually
+from tests.support.deployment import TINY, Deployment
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(not MODEL.is_dir(), reason="the tiny model is not in this checkout"),
+    pytest.mark.skipif(not TINY.is_dir(), reason="the tiny model is not in this checkout"),
 ]
 launchers = pytest.mark.parametrize(
     "launcher", ["plain", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
 )
-
-
-class Baton:
-    """The command line against one deployment."""
-
-    def __init__(self, folder: Path, launcher: str) -> None:
-        self.value = uuid.uuid4().hex
-        self.errors = folder / "stderr.txt"
-        self.http = self.grpc = ""
-        settings = {
-            "model.path": MODEL,
-            "cluster.launcher": launcher,
-            "router.http": "127.0.0.1:0",
-            "router.grpc": "127.0.0.1:0",
-            "router.policy": "always-remote",
-            "prefill.kv_cache_gib": 0.03125,
-            "decode.kv_cache_gib": 0.03125,
-        }
-        arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-        with self.errors.open("wb") as sink:
-            self.process = subprocess.Popen(
-                [*COMMAND, "serve", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=sink,
-                env={**os.environ, MARK: self.value},
-                cwd=CHECKOUT,
-            )
-
-    async def wait_ready(self) -> None:
-        assert self.process.stdout is not None
-        line = (await asyncio.to_thread(self.process.stdout.readline)).decode()
-        ready = re.fullmatch(r"baton ready http=(127\.0\.0\.1:\d+) grpc=(127\.0\.0\.1:\d+)\n", line)
-        assert ready, self.errors.read_text()
-        self.http, self.grpc = ready.groups()
-
-    async def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return await asyncio.to_thread(call, *arguments, "--grpc", self.grpc)
-
-    async def status(self) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads((await self.call("status", "--json")).stdout)
-        return answer
-
-    def left(self) -> list[int]:
-        return carrying(MARK, self.value)
 
 
 COMMAND = [sys.executable, "-m", "cluster.cli"]
@@ -86,14 +39,31 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+class Baton(Deployment):
+    """The command line against one deployment."""
+
+    async def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return await asyncio.to_thread(call, *arguments, "--grpc", self.grpc)
+
+    async def status(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads((await self.call("status", "--json")).stdout)
+        return answer
+
+
 @asynccontextmanager
 async def served(folder: Path, launcher: str) -> AsyncIterator[Baton]:
-    baton = Baton(folder, launcher)
+    settings = {
+        "cluster.launcher": launcher,
+        "router.policy": "always-remote",
+        "prefill.kv_cache_gib": 0.03125,
+        "decode.kv_cache_gib": 0.03125,
+    }
+    baton = Baton(folder, settings)
     try:
         await baton.wait_ready()
         yield baton
     finally:
-        clear_away(baton.process, MARK, baton.value)
+        await baton.close()
 
 
 @launchers

@@ -19,7 +19,7 @@ import grpc.aio
 from baton.v1 import inference_pb2 as api
 from baton.v1 import inference_pb2_grpc
 from cluster.config import CHECKOUT
-from tests.cluster.helpers import carrying
+from tests.cluster.helpers import carrying, clear_away
 
 MARK = "BATON_TEST_RUN"
 TINY = CHECKOUT / "models" / "baton-tiny"
@@ -116,12 +116,7 @@ class Deployment:
     async def close(self) -> None:
         if self.grpc:
             await self._channel.close()
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        for pid in self.left():
-            os.kill(pid, signal.SIGKILL)
+        await asyncio.to_thread(clear_away, self.process, MARK, self.mark)
 
 
 @asynccontextmanager

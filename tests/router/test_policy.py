@@ -76,16 +76,16 @@ def test_never_picks_the_unusable_and_always_the_least_loaded(
 ) -> None:
     cluster = _cluster({k: v[1] for k, v in decode.items()}, {k: v[1] for k, v in prefill.items()})
     for book, workers in ((cluster.decode, decode), (cluster.prefill, prefill)):
-        for worker_id, (usable, _) in workers.items():
-            book.set_usable(worker_id, usable)
+        for worker_id, (up, _) in workers.items():
+            book.set_usable(worker_id, up)
     usable = {worker_id: work for worker_id, (up, work) in decode.items() if up}
     if not usable:
         return
     decision = POLICIES[name](_ask(uncached), cluster.view, 0.0)
     assert usable[decision.decode_worker] == min(usable.values())
     if decision.prefill_worker is not None:
-        up = {worker_id: work for worker_id, (is_up, work) in prefill.items() if is_up}
-        assert up[decision.prefill_worker] == min(up.values())
+        others = {worker_id: work for worker_id, (up, work) in prefill.items() if up}
+        assert others[decision.prefill_worker] == min(others.values())
 
 
 def test_placements_spread_before_anything_is_reported() -> None:

@@ -18,7 +18,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to draw tokens; resolved by the router, nothing optional is left.
 
     Noise is a pure function of (seed, choice, position, vocabulary id), so a resumed, migrated or re-batched request
-    draws the same tokens.
+    draws the same tokens. What is done to the logits and in which order: `engine.logits`, then `engine.sampler`.
     """
 
     temperature: float = 1.0  # 0 = greedy
@@ -28,6 +28,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     choice: int = 0
     max_tokens: int = 16
     stop_token_ids: tuple[int, ...] = ()
+    min_p: float = 0.0  # drops tokens less likely than this part of the likeliest one's probability; 0 = off
+    repetition_penalty: float = 1.0  # over prompt and answer; 1 = off
+    presence_penalty: float = 0.0  # over the answer
+    frequency_penalty: float = 0.0  # over the answer, for each occurrence
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    min_tokens: int = 0  # before so many, none of `stop_token_ids` is drawn
+
+    @property
+    def shapes(self) -> bool:
+        """The logits of this request are changed before a token is drawn."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
 
 
 class RequestKey(msgspec.Struct, frozen=True, array_like=True):

@@ -52,12 +52,16 @@ class Row:
 
     Their KV goes into the blocks of `block_table`, where the KV of positions 0 .. start-1 already is. With `sampling`
     set, one token is drawn from the logits after the last of them; its position is start+len(tokens).
+
+    `history` is the sequence's own list of all tokens up to there, for penalties: not a copy, not to be changed.
     """
 
     start: int
     tokens: list[int]
     block_table: BlockTable
     sampling: SamplingParams | None
+    history: list[int] = field(default_factory=list)
+    prompt_length: int = 0
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ import torch
 
 from engine.attention import GATHER_BYTES, AttentionPlan, Rows
 from engine.kv_cache import KVCache, block_bytes
+from engine.logits import shaped
 from engine.model import Decoder
 from engine.model_config import ModelConfig
 from engine.plan import Row, StepPlan, StepResult
@@ -46,6 +47,7 @@ class Runner:
         if logits is not None:
             params = [row.sampling for row in rows if row.sampling is not None]
             positions = [rows[place].start + len(rows[place].tokens) for place in drawing]
+            logits = shaped(logits, [rows[place] for place in drawing])
             drawn = sample(logits, params, positions).tolist()
             for place, token in zip(drawing, drawn, strict=True):
                 sampled[order[place]] = token

@@ -3,10 +3,12 @@
 A draw is argmax(log p + Gumbel noise), and the noise is a pure function of (seed, choice, position, vocabulary id): no
 generator state exists, so a row draws the same token alone, in a batch, resumed, migrated, on a CPU or on a GPU.
 Order is total everywhere (higher logit first, then lower id), so that top-k and top-p cut the same set each time.
+Temperature comes first, then top-k, top-p of what is left, and min-p, as in transformers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,8 +34,8 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
     vocab = logits.shape[1]
     if plain:
         scaled, keys = _prepare(logits, params, positions, plain)
-        noise = gumbel(keys, torch.arange(vocab, device=logits.device).unsqueeze(0))
-        drawn[plain] = (scaled + noise).argmax(dim=-1)
+        noisy = scaled + gumbel(keys, torch.arange(vocab, device=logits.device).unsqueeze(0))
+        drawn[plain] = _above_min_p(noisy, scaled, [params[row] for row in plain]).argmax(dim=-1)
     if top_k:
         scaled, keys = _prepare(logits, params, positions, top_k)
         width = min(vocab, max(params[row].top_k for row in top_k))
@@ -119,7 +121,16 @@ def _draw_cut(
     beyond = (before >= top_p * mass) & (top_p < 1)
     beyond[:, 0] = False  # the best token always stays
     noisy = (values + gumbel(keys, ids)).masked_fill_(cut | beyond, -torch.inf)
+    noisy = _above_min_p(noisy, values, params)
     return ids.gather(1, noisy.argmax(dim=-1, keepdim=True)).squeeze(1)
+
+
+def _above_min_p(noisy: torch.Tensor, scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Drops candidates below min_p of the likeliest one, whose `scaled` logit is 0: log(p / p_max) is what it is."""
+    if not any(p.min_p > 0 for p in params):
+        return noisy
+    least = _column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], scaled)
+    return noisy.masked_fill_(scaled < least, -torch.inf)
 
 
 def _column(numbers: list[float], like: torch.Tensor) -> torch.Tensor:

@@ -237,7 +237,10 @@ class Scheduler:
     def _plan(self, plan: StepPlan, sequence: Sequence, tokens: int) -> None:
         start = sequence.computed
         samples = sequence.sampling if tokens == sequence.remaining else None
-        plan.rows.append(Row(start, sequence.tokens[start : start + tokens], sequence.block_table, samples))
+        computed = sequence.tokens[start : start + tokens]
+        plan.rows.append(
+            Row(start, computed, sequence.block_table, samples, sequence.tokens, sequence.prompt_length)
+        )
         self._planned.append(sequence)
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from baton import RELEASE
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
-from engine.api import Trace
+from engine.api import SamplingParams, Trace
 from router.dispatch_api import Ended, NewTokens, Prompt, RefusalKind, Refused
 from router.links import WorkerLink
 from router.policy import POLICIES, Ask, Decision, NoWorker
@@ -238,22 +238,33 @@ class WorkerDispatcher:
 
 
 def _submit_message(key: int, prompt: Prompt, decision: Decision) -> pb.Submit:
-    sampling = prompt.sampling
     return pb.Submit(
         key=key,
         request_id=prompt.request_id,
         prompt=prompt.tokens,
-        sampling=pb.EngineSampling(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=sampling.stop_token_ids,
-        ),
+        sampling=_sampling(prompt.sampling),
         prefill_worker=decision.prefill_worker or "",
         local_below_tokens=decision.local_below_tokens,
         salt=prompt.salt,
+    )
+
+
+def _sampling(sampling: SamplingParams) -> pb.EngineSampling:
+    return pb.EngineSampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        choice=sampling.choice,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=sampling.stop_token_ids,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        bias_ids=[token for token, _ in sampling.logit_bias],
+        bias=[bias for _, bias in sampling.logit_bias],
+        min_tokens=sampling.min_tokens,
     )
 
 

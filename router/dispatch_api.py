@@ -31,7 +31,9 @@ class RefusalKind(Enum):
 class Refused(Exception):
     """A typed answer with a reason. `param` names the offending field of the request where there is one."""
 
-    def __init__(self, kind: RefusalKind, message: str, *, param: str = "", retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self, kind: RefusalKind, message: str, *, param: str = "", retry_after_s: float = 0.0
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message

@@ -154,6 +154,12 @@ def _call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         stop=list(sampling.stop),
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
+        min_p=sampling.min_p if given("min_p") else None,
+        repetition_penalty=sampling.repetition_penalty if given("repetition_penalty") else None,
+        presence_penalty=sampling.presence_penalty if given("presence_penalty") else None,
+        frequency_penalty=sampling.frequency_penalty if given("frequency_penalty") else None,
+        logit_bias=dict(sampling.logit_bias),
+        min_tokens=sampling.min_tokens if given("min_tokens") else None,
     )
 
 

@@ -44,7 +44,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "continue_final_message": (False,),
     "echo": (False,),
-    "frequency_penalty": (0, 0.0),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
@@ -52,16 +51,11 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "length_penalty": (1, 1.0),
-    "logit_bias": ({},),
     "logprobs": (False,),
-    "min_p": (0, 0.0),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "n": (1,),
-    "presence_penalty": (0, 0.0),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "repetition_penalty": (1, 1.0),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "structured_outputs": (),
@@ -101,8 +95,14 @@ class _Body(BaseModel):
     max_tokens: Int | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[str] | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[int, Number] | None = None
     # Extensions, named as vLLM names them.
     top_k: Int | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    min_tokens: Int | None = None
     ignore_eos: Flag | None = None
     stop_token_ids: list[Int] | None = None
     return_token_ids: Flag | None = None
@@ -133,6 +133,12 @@ class _Body(BaseModel):
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
             stop_token_ids=self.stop_token_ids or [],
             ignore_eos=bool(self.ignore_eos),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias or {},
+            min_tokens=self.min_tokens,
         )
 
 

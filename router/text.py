@@ -38,8 +38,6 @@ _CONTEXT_IDS = 8  # of the prompt's end that the detokenizer is shown
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What generation_config.json may ask for and no engine here applies, with the neutral values.
 _NOT_APPLIED = {
-    "repetition_penalty": (1, None),
-    "min_p": (0, None),
     "no_repeat_ngram_size": (0, None),
     "typical_p": (1, None),
 }
@@ -52,6 +50,8 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_k: int = 0  # 0 = off
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 class TextCodec:
@@ -221,10 +221,16 @@ def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
     ignored = [name for name, neutral in _NOT_APPLIED.items() if generation.get(name) not in neutral]
     if ignored:
         log.warning("generation_config.json: %s not supported and not applied", ", ".join(ignored))
-    given = {name: generation.get(name) for name in ("temperature", "top_k", "top_p")}
     plain = SamplingDefaults()
+
+    def given(name: str) -> float:
+        value = generation.get(name)
+        return float(getattr(plain, name) if value is None else value)
+
     return SamplingDefaults(
-        temperature=float(plain.temperature if given["temperature"] is None else given["temperature"]),
-        top_k=max(0, int(plain.top_k if given["top_k"] is None else given["top_k"])),
-        top_p=float(plain.top_p if given["top_p"] is None else given["top_p"]),
+        temperature=given("temperature"),
+        top_k=max(0, int(given("top_k"))),
+        top_p=given("top_p"),
+        min_p=given("min_p"),
+        repetition_penalty=given("repetition_penalty"),
     )

@@ -114,20 +114,12 @@ class WorkerService:
         if self._spec.role != "decode":
             session.add_end(RequestEnd(request, "invalid", f"{self._spec.worker_id} does not decode"))
             return
-        sampling = submit.sampling
         self._send(
             Submit(
                 request=request,
                 request_id=submit.request_id,
                 prompt=list(submit.prompt),
-                sampling=SamplingParams(
-                    temperature=sampling.temperature,
-                    top_k=sampling.top_k,
-                    top_p=sampling.top_p,
-                    seed=sampling.seed,
-                    max_tokens=sampling.max_tokens,
-                    stop_token_ids=tuple(sampling.stop_token_ids),
-                ),
+                sampling=_sampling(submit.sampling),
                 prefill_worker=submit.prefill_worker,
                 local_below_tokens=submit.local_below_tokens,
                 salt=submit.salt,
@@ -193,6 +185,24 @@ def worker_status(
             )
         )
     return status
+
+
+def _sampling(sampling: pb.EngineSampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        choice=sampling.choice,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=tuple(zip(sampling.bias_ids, sampling.bias, strict=True)),
+        min_tokens=sampling.min_tokens,
+    )
 
 
 def _trace(trace: Trace) -> api.Trace:

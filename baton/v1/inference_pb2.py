@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.baton.v1.SamplingParamsB\x08\n\x06prompt\"\xf4\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokens\"g\n\x10GenerateResponse\x12\"\n\x06tokens\x18\x01 \x01(\x0b\x32\x10.baton.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x12.baton.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"8\n\x06Tokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x8e\x01\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12\x1e\n\x05trace\x18\x05 \x01(\x0b\x32\x0f.baton.v1.Trace\x12\x0c\n\x04text\x18\x06 \x01(\t\"\x8b\x02\n\x05Trace\x12\x11\n\tprefilled\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x15\n\rremote_tokens\x18\x05 \x01(\r\x12\x15\n\rhandoff_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07queue_s\x18\x07 \x01(\x01\x12\x11\n\thandoff_s\x18\x08 \x01(\x01\x12\x11\n\tprefill_s\x18\t \x01(\x01\x12\x0e\n\x06ttft_s\x18\n \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x0b \x01(\x01\x12\x10\n\x08\x64\x65\x63ision\x18\x0c \x01(\t\x12\x10\n\x08\x66\x61llback\x18\r \x01(\t\"\x0f\n\rModelsRequest\"1\n\x0eModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model\"@\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\"\x0f\n\rStatusRequest\"\x92\x01\n\x0eStatusResponse\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x17\n\x0f\x61\x63tive_requests\x18\x04 \x01(\r\x12\'\n\x07workers\x18\x05 \x03(\x0b\x32\x16.baton.v1.WorkerStatus\x12\x0e\n\x06policy\x18\x06 \x01(\t\"\xd1\x01\n\x06Ledger\x12\x13\n\x0b\x62locks_free\x18\x01 \x01(\r\x12\x15\n\rblocks_cached\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_held\x18\x03 \x01(\r\x12\x16\n\x0e\x62locks_landing\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\x12\x12\n\nslots_free\x18\x06 \x01(\r\x12\x14\n\x0cslots_leased\x18\x07 \x01(\r\x12\x19\n\x11slots_quarantined\x18\x08 \x01(\r\x12\x13\n\x0bslots_total\x18\t \x01(\r\"\x8c\x03\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05\x61live\x18\x05 \x01(\x08\x12\x0c\n\x04step\x18\x06 \x01(\x04\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\t \x01(\r\x12\x10\n\x08handoffs\x18\n \x01(\r\x12 \n\x06ledger\x18\x0b \x01(\x0b\x32\x10.baton.v1.Ledger\x12\x11\n\ttransport\x18\x0c \x01(\t\x12\r\n\x05peers\x18\r \x03(\t\x12\x36\n\x08\x63ounters\x18\x0e \x03(\x0b\x32$.baton.v1.WorkerStatus.CountersEntry\x12\x0b\n\x03pid\x18\x0f \x01(\r\x12\x12\n\nengine_pid\x18\x10 \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xca\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12;\n\x06Models\x12\x17.baton.v1.ModelsRequest\x1a\x18.baton.v1.ModelsResponse\x12;\n\x06Status\x12\x17.baton.v1.StatusRequest\x1a\x18.baton.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.baton.v1.SamplingParamsB\x08\n\x06prompt\"\xcb\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x12\n\x05min_p\x18\t \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12;\n\nlogit_bias\x18\r \x03(\x0b\x32\'.baton.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokens\"g\n\x10GenerateResponse\x12\"\n\x06tokens\x18\x01 \x01(\x0b\x32\x10.baton.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x12.baton.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"8\n\x06Tokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x8e\x01\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12\x1e\n\x05trace\x18\x05 \x01(\x0b\x32\x0f.baton.v1.Trace\x12\x0c\n\x04text\x18\x06 \x01(\t\"\x8b\x02\n\x05Trace\x12\x11\n\tprefilled\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x03 \x01(\t\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x15\n\rremote_tokens\x18\x05 \x01(\r\x12\x15\n\rhandoff_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07queue_s\x18\x07 \x01(\x01\x12\x11\n\thandoff_s\x18\x08 \x01(\x01\x12\x11\n\tprefill_s\x18\t \x01(\x01\x12\x0e\n\x06ttft_s\x18\n \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x0b \x01(\x01\x12\x10\n\x08\x64\x65\x63ision\x18\x0c \x01(\t\x12\x10\n\x08\x66\x61llback\x18\r \x01(\t\"\x0f\n\rModelsRequest\"1\n\x0eModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model\"@\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\"\x0f\n\rStatusRequest\"\x92\x01\n\x0eStatusResponse\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x17\n\x0f\x61\x63tive_requests\x18\x04 \x01(\r\x12\'\n\x07workers\x18\x05 \x03(\x0b\x32\x16.baton.v1.WorkerStatus\x12\x0e\n\x06policy\x18\x06 \x01(\t\"\xd1\x01\n\x06Ledger\x12\x13\n\x0b\x62locks_free\x18\x01 \x01(\r\x12\x15\n\rblocks_cached\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_held\x18\x03 \x01(\r\x12\x16\n\x0e\x62locks_landing\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\x12\x12\n\nslots_free\x18\x06 \x01(\r\x12\x14\n\x0cslots_leased\x18\x07 \x01(\r\x12\x19\n\x11slots_quarantined\x18\x08 \x01(\r\x12\x13\n\x0bslots_total\x18\t \x01(\r\"\x8c\x03\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05\x61live\x18\x05 \x01(\x08\x12\x0c\n\x04step\x18\x06 \x01(\x04\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\t \x01(\r\x12\x10\n\x08handoffs\x18\n \x01(\r\x12 \n\x06ledger\x18\x0b \x01(\x0b\x32\x10.baton.v1.Ledger\x12\x11\n\ttransport\x18\x0c \x01(\t\x12\r\n\x05peers\x18\r \x03(\t\x12\x36\n\x08\x63ounters\x18\x0e \x03(\x0b\x32$.baton.v1.WorkerStatus.CountersEntry\x12\x0b\n\x03pid\x18\x0f \x01(\r\x12\x12\n\nengine_pid\x18\x10 \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xca\x01\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12;\n\x06Models\x12\x17.baton.v1.ModelsRequest\x1a\x18.baton.v1.ModelsResponse\x12;\n\x06Status\x12\x17.baton.v1.StatusRequest\x1a\x18.baton.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_WORKERSTATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIDS']._serialized_start=38
@@ -38,31 +40,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=64
   _globals['_GENERATEREQUEST']._serialized_end=227
   _globals['_SAMPLINGPARAMS']._serialized_start=230
-  _globals['_SAMPLINGPARAMS']._serialized_end=474
-  _globals['_GENERATERESPONSE']._serialized_start=476
-  _globals['_GENERATERESPONSE']._serialized_end=579
-  _globals['_TOKENS']._serialized_start=581
-  _globals['_TOKENS']._serialized_end=637
-  _globals['_FINISHED']._serialized_start=640
-  _globals['_FINISHED']._serialized_end=782
-  _globals['_TRACE']._serialized_start=785
-  _globals['_TRACE']._serialized_end=1052
-  _globals['_MODELSREQUEST']._serialized_start=1054
-  _globals['_MODELSREQUEST']._serialized_end=1069
-  _globals['_MODELSRESPONSE']._serialized_start=1071
-  _globals['_MODELSRESPONSE']._serialized_end=1120
-  _globals['_MODEL']._serialized_start=1122
-  _globals['_MODEL']._serialized_end=1186
-  _globals['_STATUSREQUEST']._serialized_start=1188
-  _globals['_STATUSREQUEST']._serialized_end=1203
-  _globals['_STATUSRESPONSE']._serialized_start=1206
-  _globals['_STATUSRESPONSE']._serialized_end=1352
-  _globals['_LEDGER']._serialized_start=1355
-  _globals['_LEDGER']._serialized_end=1564
-  _globals['_WORKERSTATUS']._serialized_start=1567
-  _globals['_WORKERSTATUS']._serialized_end=1963
-  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_start=1916
-  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_end=1963
-  _globals['_INFERENCE']._serialized_start=1966
-  _globals['_INFERENCE']._serialized_end=2168
+  _globals['_SAMPLINGPARAMS']._serialized_end=817
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=618
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=666
+  _globals['_GENERATERESPONSE']._serialized_start=819
+  _globals['_GENERATERESPONSE']._serialized_end=922
+  _globals['_TOKENS']._serialized_start=924
+  _globals['_TOKENS']._serialized_end=980
+  _globals['_FINISHED']._serialized_start=983
+  _globals['_FINISHED']._serialized_end=1125
+  _globals['_TRACE']._serialized_start=1128
+  _globals['_TRACE']._serialized_end=1395
+  _globals['_MODELSREQUEST']._serialized_start=1397
+  _globals['_MODELSREQUEST']._serialized_end=1412
+  _globals['_MODELSRESPONSE']._serialized_start=1414
+  _globals['_MODELSRESPONSE']._serialized_end=1463
+  _globals['_MODEL']._serialized_start=1465
+  _globals['_MODEL']._serialized_end=1529
+  _globals['_STATUSREQUEST']._serialized_start=1531
+  _globals['_STATUSREQUEST']._serialized_end=1546
+  _globals['_STATUSRESPONSE']._serialized_start=1549
+  _globals['_STATUSRESPONSE']._serialized_end=1695
+  _globals['_LEDGER']._serialized_start=1698
+  _globals['_LEDGER']._serialized_end=1907
+  _globals['_WORKERSTATUS']._serialized_start=1910
+  _globals['_WORKERSTATUS']._serialized_end=2306
+  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_start=2259
+  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_end=2306
+  _globals['_INFERENCE']._serialized_start=2309
+  _globals['_INFERENCE']._serialized_end=2511
 # @@protoc_insertion_point(module_scope)

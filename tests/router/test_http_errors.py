@@ -30,13 +30,8 @@ from tests.router.http_client import MAX_BODY, TEXT, Served
         ("suffix", "x"),
         ("logprobs", 0),
         ("logprobs", True),
-        ("logit_bias", {"5": 1}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
-        ("repetition_penalty", 1.1),
-        ("min_tokens", 3),
         ("max_token", 5),  # misspelt
     ],
 )

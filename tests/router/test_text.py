@@ -319,13 +319,17 @@ def test_sampling_defaults(tmp_path: Path) -> None:
     assert load(tmp_path / "a").defaults == SamplingDefaults(1.0, 0, 1.0)
     generation = {"temperature": 0.6, "top_k": -1, "top_p": 0.9}
     assert load(tmp_path / "b", generation_config=generation).defaults == SamplingDefaults(0.6, 0, 0.9)
+    generation = {"min_p": 0.1, "repetition_penalty": 1.05}
+    assert load(tmp_path / "d", generation_config=generation).defaults == SamplingDefaults(
+        min_p=0.1, repetition_penalty=1.05
+    )
     assert load(tmp_path / "c", generation_config={"top_k": 20, "temperature": 0}).defaults.top_k == 20
 
 
 def test_unsupported_defaults_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    load(tmp_path, generation_config={"repetition_penalty": 1.05, "min_p": 0.0})
-    assert "repetition_penalty not supported" in caplog.text
-    assert "min_p" not in caplog.text
+    load(tmp_path, generation_config={"no_repeat_ngram_size": 3, "typical_p": 1.0})
+    assert "no_repeat_ngram_size not supported" in caplog.text
+    assert "typical_p" not in caplog.text
 
 
 def test_vocab_size(tmp_path: Path) -> None:

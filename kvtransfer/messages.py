@@ -12,6 +12,14 @@ import msgspec
 PROTOCOL = 1
 
 
+class KvGroup(msgspec.Struct, frozen=True):
+    """Layers whose KV is of one kind: "full", or "window" with attention to the last `window` tokens only."""
+
+    kind: str
+    layers: tuple[int, ...]
+    window: int = 0
+
+
 class KvSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What both sides must agree on before KV is moved (block sizes may differ)."""
 
@@ -22,6 +30,7 @@ class KvSpec(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     block_size: int
     chunk_tokens: int
+    groups: tuple[KvGroup, ...] = ()  # cover each layer once; () is one group of all layers, "full"
 
     @property
     def token_bytes(self) -> int:
@@ -145,7 +154,7 @@ class SendChunk(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class CopyOut(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Copy a landed chunk out of `slot`, verify the digest of the copy, scatter it into `blocks`. Reported by `Copied`."""
+    """Copy a landed chunk out of `slot`, verify the digest of the copy, scatter it into `blocks`; gives `Copied`."""
 
     handoff_id: int
     lease_id: int

@@ -18,6 +18,7 @@ from kvtransfer.messages import (
     Done,
     Failed,
     Hello,
+    KvGroup,
     KvSpec,
     Lease,
     Linked,
@@ -112,6 +113,9 @@ def _hello_to_proto(hello: Hello) -> pb.Hello:
             dtype=kv.dtype,
             block_size=kv.block_size,
             chunk_tokens=kv.chunk_tokens,
+            groups=[
+                pb.KvGroup(kind=group.kind, layers=group.layers, window=group.window) for group in kv.groups
+            ],
         ),
         transport=hello.transport,
         endpoint=hello.endpoint,
@@ -137,6 +141,7 @@ def _read_hello(hello: pb.Hello) -> Hello:
             dtype=kv.dtype,
             block_size=kv.block_size,
             chunk_tokens=kv.chunk_tokens,
+            groups=tuple(KvGroup(group.kind, tuple(group.layers), group.window) for group in kv.groups),
         ),
         transport=hello.transport,
         endpoint=hello.endpoint,

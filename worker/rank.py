@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
@@ -22,8 +23,9 @@ from engine.ledger import BlockLedger
 from engine.model_config import fingerprint
 from engine.runner import Runner, load_runner
 from engine.scheduler import Limits
+from engine.weights import Progress
 from kvtransfer.chunks import chunk_tokens_for
-from kvtransfer.messages import Hello, KvSpec
+from kvtransfer.messages import Hello, KvGroup, KvSpec
 from kvtransfer.mover import Mover
 from kvtransfer.transports import open_transport
 from worker.loop import ReportQueue, StepLoop
@@ -34,6 +36,7 @@ from worker.spec import WorkerSpec
 
 log = logging.getLogger("baton.rank")
 
+_LONG_LOAD_BYTES = 1 << 30
 STAGING_BUFFERS = 3  # one being filled while others are in flight
 
 MakeRole = Callable[[WorkerSpec, Hello, BlockLedger, Limits], Role]
@@ -84,6 +87,7 @@ def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> N
         kv_bytes=spec.kv_cache_bytes,
         block_size=spec.block_size,
         device=spec.device,
+        progress=_logged(time.monotonic),
     )
     kv = _kv_spec(spec, runner)
     blocks = BlockLedger(runner.kv_cache.num_blocks, spec.block_size)
@@ -102,6 +106,21 @@ def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> N
             mover.close()
 
 
+def _logged(clock: Callable[[], float]) -> Progress:
+    """Tells of a model that takes a while to read: a line for each tenth, none for less than a GiB."""
+    began, told = clock(), 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        tenths = 10 * done // total
+        if total >= _LONG_LOAD_BYTES and tenths > told:
+            told = tenths
+            seconds = clock() - began
+            log.info("weights: %d %% of %.1f GiB after %.0f s", 10 * tenths, total / 2**30, seconds)
+
+    return progress
+
+
 def _kv_spec(spec: WorkerSpec, runner: Runner) -> KvSpec:
     config = runner.config
     kv = KvSpec(
@@ -112,6 +131,7 @@ def _kv_spec(spec: WorkerSpec, runner: Runner) -> KvSpec:
         dtype=str(runner.kv_cache.dtype).removeprefix("torch."),
         block_size=spec.block_size,
         chunk_tokens=0,
+        groups=tuple(KvGroup(group.kind, group.layers, group.window) for group in config.groups),
     )
     chunk_tokens = chunk_tokens_for(kv.token_bytes, [spec.block_size], wanted=spec.chunk_tokens)
     return msgspec.structs.replace(kv, chunk_tokens=chunk_tokens)

@@ -352,6 +352,22 @@ def test_an_abort_is_answered_by_quiet_when_the_writes_have_settled(desk: Desk) 
     assert desk.read() == [Quiet(1, 1)]
 
 
+def test_an_abort_while_it_computes_leaves_what_a_write_reads() -> None:
+    desk = Desk(blocks=6, limits=Limits(CHUNK, 8))
+    desk.peer_up()
+    desk.begin(1, prompt_of(20))
+    desk.credit(1, 0)
+    desk.turn()
+    (write,) = desk.sent()
+    desk.say(Abort(1, ""))
+    assert desk.ledger.held == 2
+    desk.begin(2, prompt_of(24, first=20))
+    assert not desk.turn()
+    desk.settle(write)
+    assert desk.read() == [Quiet(1, 1)]
+    assert desk.turn()
+
+
 def test_an_abort_while_it_waits_or_computes_is_quiet_at_once() -> None:
     desk = Desk(limits=Limits(CHUNK, 1))
     desk.peer_up()

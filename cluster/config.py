@@ -252,6 +252,12 @@ def _find_model(given: str, beside: Path | None) -> Path:
         if (folder / "config.json").is_file():
             return folder.resolve()
     names = ", ".join(str(folder) for folder in tried)
+    if given == ModelSection().path and not (CHECKOUT / "pyproject.toml").exists():
+        raise ConfigError(
+            f"model.path = {given!r}: that model is part of Baton's repository, and this Baton was installed "
+            "without it; give a Hugging Face model folder with --set model.path=/path/to/folder or in the "
+            "configuration file, or start Baton in a checkout"
+        )
     raise ConfigError(
         f"model.path = {given!r}: no config.json in {names}; give the path of a Hugging Face model folder"
     )

@@ -66,7 +66,8 @@ def draw_settings(random: Random) -> Settings:
 
 def _node(random: Random, name: str, chunk_tokens: int, timeout_s: float, cramped: bool) -> NodeSpec:
     decode = name.startswith("decode")
-    block_size = random.choice((4, 8))
+    # In a decode worker chunks begin on blocks; in a prefill worker they need not.
+    block_size = random.choice((4, 8) if decode else (3, 4, 8))
     tokens = random.choice((40, 72, 120)) if cramped else random.choice((400, 1200))
     return NodeSpec(
         worker_id=name,

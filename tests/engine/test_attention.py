@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from engine.attention import AttentionPlan, PagedAttention, Reads, Rows
 
@@ -106,6 +108,21 @@ def test_a_window_costs_what_it_holds() -> None:
     assert [span.blocks.tolist() for span in reads.spans if span.blocks is not None] == [
         list(range(496, 507))
     ]
+
+
+def test_a_tile_of_a_long_prompt_sees_one_window_and_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch([(0, 1000)], (4, 2), 16)
+    seen: list[tuple[int, int]] = []
+    attend = F.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((q.shape[-2], k.shape[-2]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    PagedAttention()(batch.q, batch.k, batch.v, batch.cache, batch.reads(100))
+    assert sum(queries for queries, _ in seen) == 1000
+    assert all(keys <= queries + 99 for queries, keys in seen)
 
 
 def test_a_window_that_nobody_outgrew_is_none() -> None:

@@ -6,12 +6,14 @@ Prompts reach far beyond the window (64) and beyond the original length of the s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from engine.api import SamplingParams
 from engine.model_config import ModelConfig
+from engine.rope_config import read_rope
 from engine.rotary import Rotary, inverse_frequencies
 from tests.conftest import Reference
 from tests.support import families
@@ -51,6 +53,34 @@ def test_preempted(family: Reference) -> None:
     longest_first = [(prompt, GREEDY) for prompt in reversed(family.prompts)]
     assert engine.generate(longest_first) == family.answers[::-1]
     assert engine.role.scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {},
+        {"factor": 1.0},
+        {"truncate": False},
+        {"truncate": False, "beta_fast": 4.0, "beta_slow": 4.0},  # the ramp has no width
+        {"rope_theta": 1e6, "beta_slow": 64.0, "beta_fast": 128.0},
+        {"mscale": 1.0},  # alone it counts for nothing
+        {"mscale": 0.707, "mscale_all_dim": 1.0},
+        {"attention_factor": 1.5, "mscale": 0.7, "mscale_all_dim": 1.0},
+        {"original_max_position_embeddings": 8},
+    ],
+)
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_yarn_with_odd_numbers(numbers: dict[str, Any], head_dim: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= numbers
+    theirs = LlamaConfig(head_dim=head_dim, max_position_embeddings=256, rope_parameters=dict(rope))
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    ours, _ = read_rope({"rope_parameters": rope}, 256)
+    assert torch.equal(inverse_frequencies(ours, head_dim), frequencies)
+    assert ours.attention_factor == attention_factor
 
 
 def test_frequencies_are_those_of_transformers(family: Reference) -> None:

@@ -195,6 +195,15 @@ def test_reads_rope_in_both_spellings(folder: Path) -> None:
     assert ModelConfig.from_folder(folder).rope == new == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64)
 
 
+def test_defaults_of_a_family(folder: Path) -> None:
+    edit(folder, architectures=["Qwen3ForCausalLM"], head_dim="absent")
+    config = ModelConfig.from_folder(folder)
+    assert (config.head_dim, config.qk_norm, config.qkv_bias) == (128, True, False)
+    edit(folder, architectures=["Qwen2ForCausalLM"])
+    config = ModelConfig.from_folder(folder)
+    assert (config.head_dim, config.qk_norm, config.qkv_bias, config.output_bias) == (12, False, True, False)
+
+
 def test_eos_of_the_config_without_generation_config(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     assert ModelConfig.from_folder(folder).eos_token_ids == (257,)

@@ -39,6 +39,10 @@ def serve(
         list[str] | None,
         typer.Option("--set", help="SECTION.KEY=VALUE, over the file; may be repeated.", show_default=False),
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray to join: HOST:PORT of its head, or auto.", show_default=False),
+    ] = None,
 ) -> None:
     """Starts a deployment and runs it until Ctrl-C or SIGTERM.
 
@@ -54,7 +58,8 @@ def serve(
     from cluster.serve import serve as run
 
     try:
-        status = run(load(config, overrides or ()))
+        also = [f'cluster.address="{address}"'] if address is not None else []
+        status = run(load(config, [*(overrides or ()), *also]))
     except ConfigError as error:
         _fail(str(error), 2)
     sys.stdout.flush()

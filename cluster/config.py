@@ -7,6 +7,7 @@ told is in `cluster.specs`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from kvtransfer.transports import TransportKind
 from router.policy import POLICIES
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` runs
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -56,6 +59,7 @@ class PoolSection(_Section):
         0.5  # reserved in Ray; also the number of compute threads, at least 1
     )
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}  # of a joined Ray: on nodes which have them
 
     @field_validator("tensor_parallel")
     @classmethod
@@ -89,6 +93,9 @@ class RouterSection(_Section):
 
     http: str = "127.0.0.1:8000"
     grpc: str = "127.0.0.1:8001"
+    advertise_host: str = (
+        ""  # told to clients; empty: where it listens, or the node's address in a joined Ray
+    )
     policy: str = "threshold"
     local_below_tokens: NotNegative = 256  # a shorter uncached suffix is prefilled where it is decoded
     max_prefill_waiting: Positive = 8
@@ -123,7 +130,9 @@ class ClusterSection(_Section):
     """Where the processes run and how they are watched."""
 
     launcher: Literal["ray", "plain"] = "ray"
-    address: str = "local"  # "local": a private Ray for this deployment; else the HOST:PORT of a running one
+    # "local": a private Ray for this deployment; else a running one: its HOST:PORT, or "auto" to find it on this
+    # machine. In a Ray job the default is "auto".
+    address: str = "local"
     bind_host: str = ""  # empty: loopback on a private cluster, the node's address on a joined one
     advertise_host: str = ""  # empty: the same as bind_host
     log_dir: str = ""  # empty: a private temporary folder, removed after a clean stop
@@ -134,6 +143,15 @@ class ClusterSection(_Section):
     restart_backoff_s: Seconds = 0.5  # doubles with each death
     restart_backoff_max_s: Seconds = 30.0
     restart_reset_s: Seconds = 60.0  # who stayed up for so long starts again with the first back-off
+
+    @field_validator("address")
+    @classmethod
+    def _known_address(cls, value: str) -> str:
+        if value not in ("local", "auto") and not re.fullmatch(
+            r"(\[[0-9a-fA-F:]+\]|[^:/\s\[\]]+):\d{1,5}", value
+        ):
+            raise ValueError("must be local, auto, or the HOST:PORT of a Ray head, such as 10.0.0.1:6379")
+        return value
 
 
 class Config(_Section):
@@ -151,13 +169,24 @@ class Config(_Section):
         if self.prefill.replicas and self.prefill.block_size != self.decode.block_size:
             raise ValueError(
                 f"prefill.block_size = {self.prefill.block_size}, decode.block_size = {self.decode.block_size}: "
-                "must be equal, or no prefix is ever found again; set both to one value"
+                "must be equal, since each side cuts its chunks along its own blocks; set both to one value"
+            )
+        if self.prefill.replicas and self.kvtransfer.chunk_tokens < self.decode.block_size:
+            raise ValueError(
+                f"kvtransfer.chunk_tokens = {self.kvtransfer.chunk_tokens}: is less than a block of "
+                f"{self.decode.block_size} tokens (decode.block_size); make it a multiple of that"
             )
         if self.cluster.launcher == "plain" and self.cluster.address != "local":
             raise ValueError(
                 f"cluster.address = {self.cluster.address!r}: the plain launcher starts processes on this machine "
                 "only; remove the address or set cluster.launcher to ray"
             )
+        for name, pool in (("prefill", self.prefill), ("decode", self.decode)):
+            if pool.resources and self.cluster.address == "local":
+                raise ValueError(
+                    f"{name}.resources = {pool.resources}: chooses among the nodes of a running Ray, and "
+                    "cluster.address is 'local'; give its HOST:PORT or remove the resources"
+                )
         if self.router.http == self.router.grpc and not self.router.http.endswith(":0"):
             raise ValueError(
                 f"router.http = router.grpc = {self.router.http!r}: two servers cannot share a port; change one"
@@ -191,6 +220,11 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
     tree = _read(Path(path)) if path is not None else {}
     for override in overrides:
         _apply(tree, override)
+    if _RAY_JOB in os.environ:
+        # A private Ray inside of a Ray job is hardly ever meant; who means it writes `local`.
+        section = tree.get("cluster") or {}
+        if isinstance(section, dict) and section.get("launcher") != "plain":
+            tree["cluster"] = {"address": "auto", **section}
     where = str(path) if path is not None else "defaults"
     config = from_tree(tree, where)
     folder = _find_model(config.model.path, Path(path).resolve().parent if path is not None else None)

@@ -40,6 +40,9 @@ class Launcher(Protocol):
     """Provides workers' processes."""
 
     name: str
+    host: (
+        str  # once open: this machine's address as the workers' nodes reach it; empty: all is on this machine
+    )
 
     async def open(self) -> None:
         """Gets ready to start workers; raises StartError."""
@@ -76,6 +79,7 @@ class PlainLauncher:
     """Workers as subprocesses of this process, on this machine: `python -m prefill` and `python -m decode`."""
 
     name = "plain"
+    host = ""
 
     def __init__(
         self, commands: Mapping[Role, list[str]], *, log_dir: Path, start_timeout_s: float, mark: str

@@ -1,7 +1,8 @@
 """Workers as Ray actors: Ray chooses the node, reserves CPUs and GPUs, and tells of deaths. Tokens never pass Ray.
 
-The one module that imports ray. An actor is never restarted by Ray (`max_restarts=0`): a death must be seen at once
-and a new life must have a new incarnation, so the supervisor starts a new actor.
+With `cluster.ray_actor`, which runs in the actor's process, the only module that imports ray. An actor is never
+restarted by Ray (`max_restarts=0`): a death must be seen at once and a new life must have a new incarnation, so the
+supervisor starts a new actor.
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import importlib
 import logging
 import os
 import secrets
 import signal
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from cluster import guard
 from cluster.config import CHECKOUT
 from cluster.launchers import WorkerHandle, decode_started
 from cluster.process import StartError, log_tail, thread_environment
+from cluster.ray_actor import WorkerActor
 from cluster.specs import Place
 from worker.spec import Role, Started, WorkerSpec
 
@@ -58,6 +58,7 @@ class RayLauncher:
         self._shells = shells
         self._handles: set[_RayHandle] = set()
         self._opened = False
+        self.host = ""
         self._opening: asyncio.Future[None] | None = None
         # Ray's processes are told to die with the *thread* that started them: this one lives as long as the process.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ray")
@@ -157,6 +158,8 @@ class RayLauncher:
                 "cluster.launcher: plain needs no Ray"
             ) from None
         self._opened = True
+        if not self.local:
+            self.host = ray.util.get_node_ip_address()
 
     def _set_private_environment(self) -> None:
         token = self._private_dir / "ray-token"
@@ -184,6 +187,7 @@ class RayLauncher:
         """A placement group of one bundle for each worker; the tensor-parallel ranks will be further bundles."""
         bundle = {"CPU": place.num_cpus, "GPU": place.num_gpus}
         bundle = {name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001}
+        bundle |= place.resources
         timeout_s = _LOCAL_PLACEMENT_S if self.local else self._start_timeout_s
         group = await asyncio.to_thread(_ask_for, bundle, spec)
         try:
@@ -194,11 +198,12 @@ class RayLauncher:
         except BaseException:
             await asyncio.to_thread(_discard, None, group)
             raise
-        total = await asyncio.to_thread(_give_up, group)
+        total = await asyncio.to_thread(_give_up, group, bundle)
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
         raise StartError(
             f"{spec.worker_id}: Ray has no room for {wanted} (the cluster has {total}, the other workers included); "
             f"lower {spec.role}.num_cpus, {spec.role}.num_gpus or the replicas, or add nodes"
+            + (f" that have what {spec.role}.resources asks for" if place.resources else "")
         )
 
     def _create_actor(self, spec: WorkerSpec, place: Place, group: Any) -> Any:
@@ -218,38 +223,6 @@ class RayLauncher:
             )
             .remote()
         )
-
-
-class WorkerActor:
-    """Runs in the actor's process: opens the role's shell and keeps it."""
-
-    async def start(self, spec_json: bytes, shell_name: str, environment: dict[str, str], log: str) -> bytes:
-        """Becomes the worker of this spec; returns its Started message as JSON."""
-        if log:
-            _log_to(log)
-        else:
-            # Ray prints what its workers print: nothing of that may come to our standard output.
-            os.dup2(2, 1)
-        # Before the shell is imported, because that loads torch.
-        os.environ |= environment
-        spec = msgspec.json.decode(spec_json, type=WorkerSpec)
-        if not spec.bind_host:
-            import ray
-
-            host = ray.util.get_node_ip_address()
-            spec = msgspec.structs.replace(spec, bind_host=host, advertise_host=spec.advertise_host or host)
-        _end_with_parent()
-        module, _, function = shell_name.partition(":")
-        open_shell = getattr(importlib.import_module(module), function)
-        self._shell = open_shell(spec)
-        return msgspec.json.encode(await self._shell.start())
-
-    async def wait_closed(self) -> str:
-        """Waits until the shell gave up, and says why."""
-        return str(await self._shell.wait_closed())
-
-    async def stop(self) -> None:
-        await self._shell.stop()
 
 
 class _RayHandle:
@@ -304,13 +277,13 @@ def _ask_for(bundle: dict[str, float], spec: WorkerSpec) -> Any:
     return ray.util.placement_group([bundle], strategy="PACK", name=f"{spec.worker_id}-{spec.incarnation}")
 
 
-def _give_up(group: Any) -> str:
+def _give_up(group: Any, bundle: Mapping[str, float]) -> str:
     """Takes the reservation back and says what the whole cluster has."""
     import ray
 
     ray.util.remove_placement_group(group)
     has = ray.cluster_resources()
-    return ", ".join(f"{has.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+    return ", ".join(f"{has.get(name, 0):g} {name}" for name in dict.fromkeys(["CPU", "GPU", *bundle]))
 
 
 def _discard(actor: Any, group: Any) -> None:
@@ -332,36 +305,6 @@ def _take_back(number: signal.Signals) -> None:
         signal.siginterrupt(number, False)
 
 
-def _log_to(path: str) -> None:
-    """Sends this process's output to the worker's own log instead of Ray's."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-
-
-def _end_with_parent() -> None:
-    """Ends this process soon after its raylet is gone or a zombie: Ray itself waits until the raylet was reaped."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        pause = threading.Event()
-        while os.getppid() == parent and _state(parent) not in ("Z", "X", ""):
-            pause.wait(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="raylet watch", daemon=True).start()
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
 def _first_lines(error: BaseException) -> str:
     """Ray's messages run over many lines of advice; the cause is at the end of a task's traceback."""
     cause = getattr(error, "cause", None)
@@ -370,6 +313,8 @@ def _first_lines(error: BaseException) -> str:
         if isinstance(cause, BaseException)
         else f"{type(error).__name__}: {error}"
     )
+    if "No module named" in text:
+        return f"{text.splitlines()[-1].strip()}: every node needs this release of Baton in Ray's environment"
     return " ".join(line.strip() for line in text.splitlines()[:3])
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,17 +57,28 @@ def serve(config: Config, programs: Programs | None = None) -> int:
     guard = Guard(mark, private_dir)
     report = Report()
     try:
+        launcher = make_launcher(config, programs, log_dir=log_dir, private_dir=private_dir, mark=mark)
         supervisor = Supervisor(
             config.cluster,
             specs.seats(config, model, token),
             specs.router_spec(config, model, token),
-            make_launcher(config, programs, log_dir=log_dir, private_dir=private_dir, mark=mark),
+            launcher,
             log_dir=log_dir,
             mark=mark,
             report=report,
             router_command=programs.router,
         )
-        return asyncio.run(_run(supervisor, report))
+
+        def announce(router: RouterStarted) -> None:
+            advertised = config.router.advertise_host
+            http, grpc = (
+                specs.reachable(door, advertised, launcher.host) for door in (router.http, router.grpc)
+            )
+            # The one line on standard output.
+            sys.stdout.write(f"baton ready http={http} grpc={grpc}\n")
+            sys.stdout.flush()
+
+        return asyncio.run(_run(supervisor, report, announce))
     finally:
         guard.dismiss(_GUARD_S)
 
@@ -91,7 +102,7 @@ def make_launcher(
     )
 
 
-async def _run(supervisor: Supervisor, report: Report) -> int:
+async def _run(supervisor: Supervisor, report: Report, announce: Callable[[RouterStarted], None]) -> int:
     stop = asyncio.Event()
     first_at = 0.0
 
@@ -111,18 +122,12 @@ async def _run(supervisor: Supervisor, report: Report) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal, number)
     try:
-        await supervisor.run(stop, _announce)
+        await supervisor.run(stop, announce)
     except SupervisorError as error:
         report.line(f"baton: {error}", "red")
         return 1
     report.line(f"stopped in {time.monotonic() - first_at:.1f} s")
     return 0
-
-
-def _announce(router: RouterStarted) -> None:
-    """The one line on standard output."""
-    sys.stdout.write(f"baton ready http={router.http} grpc={router.grpc}\n")
-    sys.stdout.flush()
 
 
 def _private_dir() -> Path:

@@ -5,7 +5,8 @@ Here the last checks are made that need the machine or the model: a CUDA device 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,8 @@ from engine.model_config import ModelConfig, UnsupportedModel
 from router.spec import RouterSpec
 from worker.spec import Role, WorkerSpec
 
+WILDCARDS = ("0.0.0.0", "[::]", "::")  # listening there, a server is reached by some other name
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -24,6 +27,7 @@ class Place:
     num_cpus: float
     num_gpus: float
     gpu: int = -1  # on a machine without Ray: which device, by its index
+    resources: Mapping[str, float] = field(default_factory=dict)  # of a joined Ray, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,12 @@ def router_spec(config: Config, model: ModelConfig, token: str) -> RouterSpec:
     )
 
 
+def reachable(address: str, advertise_host: str, node: str) -> str:
+    """The HOST:PORT to tell clients for a server that listens at `address` on this node."""
+    host, _, port = address.rpartition(":")
+    return f"{advertise_host or (node if node and host in WILDCARDS else host)}:{port}"
+
+
 def seats(config: Config, model: ModelConfig, token: str) -> list[Seat]:
     """Every worker of the deployment, prefill first."""
     found: list[Seat] = []
@@ -97,7 +107,9 @@ def seats(config: Config, model: ModelConfig, token: str) -> list[Seat]:
     pools: tuple[tuple[Role, PoolSection], ...] = (("prefill", config.prefill), ("decode", config.decode))
     for role, pool in pools:
         for index in range(pool.replicas):
-            place = Place(pool.num_cpus, pool.num_gpus, int(gpus_used) if pool.num_gpus else -1)
+            place = Place(
+                pool.num_cpus, pool.num_gpus, int(gpus_used) if pool.num_gpus else -1, pool.resources
+            )
             gpus_used += pool.num_gpus
             found.append(Seat(_worker_spec(config, model, pool, role, index, token), place))
     return found
@@ -106,14 +118,18 @@ def seats(config: Config, model: ModelConfig, token: str) -> list[Seat]:
 def _worker_spec(
     config: Config, model: ModelConfig, pool: PoolSection, role: Role, index: int, token: str
 ) -> WorkerSpec:
+    # What is empty here is filled in on the node, with the address by which Ray knows it.
     bind = config.cluster.bind_host or ("127.0.0.1" if config.cluster.address == "local" else "")
+    reached = bind
+    if bind in WILDCARDS:
+        reached = "127.0.0.1" if config.cluster.address == "local" else ""
     return WorkerSpec(
         role=role,
         worker_id=f"{role}-{index}",
         incarnation="",
         token=token,
         bind_host=bind,
-        advertise_host=config.cluster.advertise_host or bind,
+        advertise_host=config.cluster.advertise_host or reached,
         model_path=config.model.path,
         dtype=config.model.dtype,
         max_model_len=max_model_len(config, model),
@@ -126,7 +142,7 @@ def _worker_spec(
         threads=pool.threads,
         device="cuda" if pool.num_gpus else "cpu",
         transport=config.kvtransfer.transport,
-        slots=config.kvtransfer.slots,
+        slots=config.kvtransfer.slots if config.prefill.replicas else 0,
         chunk_tokens=config.kvtransfer.chunk_tokens,
         handoff_timeout_s=config.kvtransfer.handoff_timeout_s,
     )

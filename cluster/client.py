@@ -1,4 +1,4 @@
-"""A small client of a running deployment, for the command line: one answer, or its state."""
+"""What the command line asks a running deployment, and how it words what comes of it. The client is `baton.client`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
+from baton.client import Client
+from baton.errors import BatonError, Unavailable
+from baton.v1 import inference_pb2
 
-from baton.v1 import inference_pb2, inference_pb2_grpc
-
-_STATUS_S = 5.0
 _CONNECT_S = 5.0
 
 Write = Callable[[str], None]
@@ -63,25 +62,34 @@ class _Clock:
 
 def generate(address: str, ask: Ask, write: Write) -> str:
     """Streams the answer into `write` and returns the line about it; raises ClientError."""
-    request = inference_pb2.GenerateRequest(model=ask.model, text=ask.prompt, sampling=_sampling(ask))
     clock = _Clock()
-    finished = None
-    with grpc.insecure_channel(address) as channel:
-        try:
-            for response in inference_pb2_grpc.InferenceStub(channel).Generate(
-                request, timeout=ask.timeout_s
-            ):
-                if response.WhichOneof("event") == "tokens":
+    try:
+        with (
+            Client(address) as client,
+            client.stream(
+                ask.prompt,
+                model=ask.model,
+                timeout_s=ask.timeout_s,
+                max_tokens=ask.max_tokens,
+                temperature=ask.temperature,
+                top_k=ask.top_k,
+                top_p=ask.top_p,
+                seed=ask.seed,
+                stop=ask.stop,
+                ignore_eos=ask.ignore_eos,
+            ) as stream,
+        ):
+            for delta in stream:
+                if delta.token_ids:
                     clock.tick()
-                    write(response.tokens.text)
-                else:
-                    finished = response.finished
-                    write(finished.text)
-        except grpc.RpcError as error:
-            raise ClientError(_refusal(error, address)) from None
-    if finished is None:
-        raise ClientError(f"{address} ended the stream without saying that the answer is complete")
-    return f"[{_where(finished.trace)}; {_counts(finished)}; {clock.speed(finished.completion_tokens)}]"
+                write(delta.text)
+            answer = stream.completion
+    except BatonError as error:
+        raise ClientError(_refusal(error, address)) from None
+    usage = answer.usage
+    counts = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, ended by {answer.reason}"
+    again = f", asked {answer.calls} times" if answer.calls > 1 else ""
+    return f"[{_where(answer.trace)}; {counts}{again}; {clock.speed(usage.completion_tokens)}]"
 
 
 def chat(address: str, ask: Ask, write: Write) -> str:
@@ -128,26 +136,11 @@ def chat(address: str, ask: Ask, write: Write) -> str:
 
 def status(address: str) -> inference_pb2.StatusResponse:
     """The router's state; raises ClientError."""
-    with grpc.insecure_channel(address) as channel:
-        try:
-            answer: inference_pb2.StatusResponse = inference_pb2_grpc.InferenceStub(channel).Status(
-                inference_pb2.StatusRequest(), timeout=_STATUS_S
-            )
-        except grpc.RpcError as error:
-            raise ClientError(_refusal(error, address)) from None
-    return answer
-
-
-def _sampling(ask: Ask) -> inference_pb2.SamplingParams:
-    return inference_pb2.SamplingParams(
-        temperature=ask.temperature,
-        top_k=ask.top_k,
-        top_p=ask.top_p,
-        seed=ask.seed,
-        max_tokens=ask.max_tokens,
-        stop=ask.stop,
-        ignore_eos=ask.ignore_eos,
-    )
+    try:
+        with Client(address) as client:
+            return client.status()
+    except BatonError as error:
+        raise ClientError(_refusal(error, address)) from None
 
 
 def _where(trace: inference_pb2.Trace) -> str:
@@ -159,15 +152,10 @@ def _where(trace: inference_pb2.Trace) -> str:
     return text + (f", fell back: {trace.fallback}" if trace.fallback else "")
 
 
-def _counts(finished: inference_pb2.Finished) -> str:
-    return f"{finished.prompt_tokens} + {finished.completion_tokens} tokens, ended by {finished.reason}"
-
-
-def _refusal(error: Any, address: str) -> str:
-    code, details = error.code(), error.details()
-    if code is grpc.StatusCode.UNAVAILABLE and "connect" in str(details).lower():
+def _refusal(error: BatonError, address: str) -> str:
+    if isinstance(error, Unavailable) and "connect" in str(error).lower():
         return f"nothing listens on {address}; start `baton serve`, or give its address with --grpc HOST:PORT"
-    return f"{code.name}: {details}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +339,58 @@ def test_the_script_makes_the_committed_folder(tmp_path: Path) -> None:
     files = sorted(file.name for file in TINY.iterdir())
     assert files == sorted(file.name for file in tmp_path.iterdir())
     assert [name for name in files if (TINY / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+
+
+_LOAD = """
+import sys
+from pathlib import Path
+from engine.runner import load_runner
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+load_runner(sys.argv[1], num_blocks=1)  # what torch itself needs
+before, peak = anonymous(), 0
+def watch(done, total):
+    global peak
+    peak = max(peak, anonymous())
+runner = load_runner(sys.argv[2], num_blocks=1, progress=watch)
+print(peak - before, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_weights_are_never_in_memory_twice(folder: Path) -> None:
+    """Anonymous memory while loading and after: one model, and the one matrix that is just being packed."""
+    edit(folder, hidden_size=512, intermediate_size=4096, num_hidden_layers=4, head_dim=64)
+    shapes = {
+        "self_attn.q_proj": (512, 512),
+        "self_attn.k_proj": (256, 512),
+        "self_attn.v_proj": (256, 512),
+        "self_attn.o_proj": (512, 512),
+        "mlp.gate_proj": (4096, 512),
+        "mlp.up_proj": (4096, 512),
+        "mlp.down_proj": (512, 4096),
+        "input_layernorm": (512,),
+        "post_attention_layernorm": (512,),
+    }
+    tensors = {
+        f"model.layers.{layer}.{name}.weight": torch.ones(shape)
+        for layer in range(4)
+        for name, shape in shapes.items()
+    }
+    tensors |= {f"{name}.weight": torch.ones(262, 512) for name in ("lm_head", "model.embed_tokens")}
+    save_file(tensors | {"model.norm.weight": torch.ones(512)}, folder / "model.safetensors")
+    size = (folder / "model.safetensors").stat().st_size
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(TINY), str(folder)],
+        cwd=TINY.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    peak, after = map(int, done.stdout.split())
+    assert 0.9 * size < after < 1.1 * size
+    assert peak < 1.2 * size

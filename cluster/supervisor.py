@@ -158,13 +158,15 @@ class Supervisor:
                     status = await stub.Describe(
                         worker_pb2.DescribeRequest(), timeout=_ASK_S, metadata=rpc.credentials(self._token)
                     )
-                    heard = time.monotonic()
+                    heard = time.monotonic() - status.engine_silent_s
                     if started.role == "decode":
                         self._peers[started.incarnation] = frozenset(status.peers)
+                    problem = "its engine has said nothing"
                 except grpc.aio.AioRpcError as error:
-                    silent_s = time.monotonic() - heard
-                    if silent_s > self._settings.silence_s:
-                        return f"its process runs but it has not answered for {silent_s:.0f} s ({error.code().name})"
+                    problem = f"it has not answered ({error.code().name})"
+                silent_s = time.monotonic() - heard
+                if silent_s > self._settings.silence_s:
+                    return f"its process runs but {problem} for {silent_s:.0f} s"
                 await asyncio.sleep(_ASK_EVERY_S if self._was_ready.is_set() else _ASK_EVERY_AT_START_S)
 
     # ---- router ------------------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ class WorkerDispatcher:
         except NoWorker as error:
             raise Refused(RefusalKind.UNAVAILABLE, str(error), retry_after_s=RETRY_AFTER_S) from None
         link = self._links[decision.decode_worker]
+        message = pb.ToWorker(submit=_submit_message(self._next_key, prompt, decision))
         flight = Flight(self._next_key, link, decision)
         self._next_key += 1
         self._flights[flight.key] = flight
@@ -120,7 +121,7 @@ class WorkerDispatcher:
         if decision.prefill_worker is not None:
             self.cluster.prefill.place(decision.prefill_worker, 1)
         self.counters["remote" if decision.prefill_worker else "local"] += 1
-        link.send(pb.ToWorker(submit=_submit_message(flight.key, prompt, decision)))
+        link.send(message)
         return flight
 
     def _land(self, flight: Flight) -> None:
@@ -201,12 +202,12 @@ class WorkerDispatcher:
         wanted = {member.worker_id: member for member in members}
         old = self._links
         self._links = {}
-        gone = []
+        retired = []
         for worker_id, link in old.items():
             if worker_id in wanted and wanted[worker_id].incarnation == link.member.incarnation:
                 self._links[worker_id] = link
             else:
-                gone.append(link)
+                retired.append(link.retire())
         for worker_id, member in wanted.items():
             if worker_id not in self._links:
                 self._links[worker_id] = WorkerLink(member, self.spec.token, self._on_message, self._on_down)
@@ -214,14 +215,7 @@ class WorkerDispatcher:
             [worker_id for worker_id, member in wanted.items() if member.role == "decode"],
             [worker_id for worker_id, member in wanted.items() if member.role == "prefill"],
         )
-        for link in gone:
-            await link.close()
-            if (
-                link.member.worker_id in self._links
-            ):  # a new incarnation: nothing of it is usable or reported yet
-                replaced = self._links[link.member.worker_id]
-                if replaced.up:
-                    self._report(replaced)
+        await asyncio.gather(*retired, return_exceptions=True)
 
     def status(self) -> api.StatusResponse:
         return api.StatusResponse(

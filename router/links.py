@@ -55,14 +55,19 @@ class WorkerLink:
         if self.up:
             self._outbox.put_nowait(message)
 
-    async def close(self) -> None:
+    def retire(self) -> asyncio.Task[None]:
+        """The worker left the cluster: down from this moment. Returns the task that is ending."""
+        self._set_down("it left the cluster")
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        return self._task
+
+    async def close(self) -> None:
+        await asyncio.gather(self.retire(), return_exceptions=True)
 
     async def _keep(self) -> None:
         backoff = BACKOFF_S[0]
         while True:
-            reason = "it left the cluster"
+            reason = ""
             try:
                 reason = await self._talk()
             except grpc.aio.AioRpcError as error:
@@ -91,6 +96,10 @@ class WorkerLink:
                     if message is None:
                         return "the worker closed the stream"
                     if message.HasField("status"):
+                        if (
+                            message.status.engine_silent_s > SILENCE_S
+                        ):  # said on opening the stream, by the shell
+                            return f"its engine is silent since {message.status.engine_silent_s:.0f} s"
                         self.status.CopyFrom(message.status)
                     self.up = True
                     self._on_message(self, message)

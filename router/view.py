@@ -37,7 +37,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What `policy.choose` decides on."""
+    """What a policy decides on."""
 
     version: int
     decode: Pool

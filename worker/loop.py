@@ -24,6 +24,7 @@ from worker.role import Action, Role
 
 LOAD_PERIOD_S = 0.05  # at most this often when something changed
 HEARTBEAT_S = 0.2  # at least this often, so that a hung engine shows
+REST_S = 1.0  # idle for so long: the integrity check, which scans all blocks, holds nobody up
 WAIT_S = 0.02  # while hand-offs are open: deadlines and credits are looked at this often
 
 
@@ -87,7 +88,7 @@ class StepLoop:
         self._poll.register(reports.fileno(), select.POLLIN)
         self._stop = False
         self._expecting = False
-        self._checked = True
+        self._busy_at: float | None = None  # when it was last seen at work; None: at rest and checked
         self._load_at = 0.0
         self._last_load: Load | None = None
 
@@ -119,7 +120,7 @@ class StepLoop:
             self.role.commit(plan, result, now)
             self._carry_out(self.role.drain())
         self._tell_load(now)
-        self._check_at_rest()
+        self._check_at_rest(now)
         return plan is not None
 
     def _event(self, event: ToEngine, now: float) -> None:
@@ -156,12 +157,12 @@ class StepLoop:
             self._load_at = now + LOAD_PERIOD_S
             self._say(load)
 
-    def _check_at_rest(self) -> None:
-        """The integrity check, once each time that the worker comes to rest: it scans all blocks."""
+    def _check_at_rest(self, now: float) -> None:
+        """The integrity check, once for each rest."""
         if not self.role.at_rest:
-            self._checked = False
-        elif not self._checked:
-            self._checked = True
+            self._busy_at = now
+        elif self._busy_at is not None and now >= self._busy_at + REST_S:
+            self._busy_at = None
             self.role.check()
 
 

@@ -149,7 +149,13 @@ class WorkerService:
 
 
 def worker_status(
-    spec: WorkerSpec, address: str, transport: str, pid: int, engine_pid: int, load: Load | None
+    spec: WorkerSpec,
+    address: str,
+    transport: str,
+    pid: int,
+    engine_pid: int,
+    engine_silent_s: float,
+    load: Load | None,
 ) -> api.WorkerStatus:
     """The state of a worker as routers and operators see it."""
     status = api.WorkerStatus(
@@ -161,6 +167,7 @@ def worker_status(
         transport=transport,
         pid=pid,
         engine_pid=engine_pid,
+        engine_silent_s=engine_silent_s,
     )
     if load is not None:
         ledger = load.ledger

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 
 import grpc.aio
 import msgspec
@@ -45,6 +46,7 @@ class WorkerShell:
         self._is_ready: asyncio.Future[Ready] | None = None
         self._closed: asyncio.Future[str] | None = None
         self._stopping = False
+        self._heard = time.monotonic()  # when the engine last said anything
         self.service = WorkerService(spec, self.send, self.describe)
 
     # ---- life --------------------------------------------------------------------------------------------------
@@ -109,9 +111,13 @@ class WorkerShell:
     def describe(self) -> api.WorkerStatus:
         assert self._engine is not None
         transport = self.ready.hello.transport if self.ready else ""
-        return worker_status(self.spec, self._address, transport, os.getpid(), self._engine.pid, self._load)
+        silent_s = time.monotonic() - self._heard
+        return worker_status(
+            self.spec, self._address, transport, os.getpid(), self._engine.pid, silent_s, self._load
+        )
 
     def _from_engine(self, message: FromEngine) -> None:
+        self._heard = time.monotonic()
         if isinstance(message, StepOutput):
             self.service.step_output(message)
         elif isinstance(message, ToPeer):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +197,24 @@ def _endless() -> Any:
     return api.GenerateRequest(
         text="x", sampling=api.SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True)
     )
+
+
+@pytest.mark.parametrize("worker_id", ["decode-0", "prefill-0"])
+async def test_a_hung_engine_is_replaced(tmp_path: Path, worker_id: str) -> None:
+    """SIGSTOP of the engine alone: its shell answers on, pings too, but nothing computes. It must not stay that way."""
+    settings = {"cluster__launcher": "plain", "cluster__silence_s": 2.0, "router__policy": "always-remote"}
+    async with deployed(tmp_path, **settings) as deployment:
+        before = (await deployment.workers())[worker_id]
+        os.kill(before.engine_pid, signal.SIGSTOP)
+        await deployment.until(
+            lambda w: (
+                worker_id in w
+                and w[worker_id].alive
+                and w[worker_id].incarnation != before.incarnation
+                and w["decode-0"].alive
+                and w["prefill-0"].incarnation in w["decode-0"].peers
+            )
+        )
+        _, finished = await deployment.generate("served by the new one " * 10, 4)
+        assert finished.trace.prefilled == "remote"
+        assert not Path(f"/proc/{before.engine_pid}").exists()

@@ -27,6 +27,7 @@ class Membership:
 
     def __init__(self) -> None:
         self._members: dict[str, Started] = {}
+        self._restarts: dict[str, int] = {}
         self._version = 1
         self._changed = asyncio.Event()
 
@@ -34,8 +35,10 @@ class Membership:
     def version(self) -> int:
         return self._version
 
-    def join(self, started: Started) -> None:
+    def join(self, started: Started, restarts: int = 0) -> None:
+        """`restarts`: how often this worker was started again so far."""
         self._members[started.worker_id] = started
+        self._restarts[started.worker_id] = restarts
         self._bump()
 
     def leave(self, started: Started) -> None:
@@ -55,6 +58,7 @@ class Membership:
                 role=member.role,
                 incarnation=member.incarnation,
                 address=member.address,
+                restarts=self._restarts[member.worker_id],
             )
             for member in self._members.values()
         ]

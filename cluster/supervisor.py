@@ -121,9 +121,9 @@ class Supervisor:
 
     async def _keep_worker(self, seat: Seat) -> None:
         await self._launcher_open.wait()
-        await self._keep(seat.spec.worker_id, lambda: self._worker_life(seat))
+        await self._keep(seat.spec.worker_id, lambda restarts: self._worker_life(seat, restarts))
 
-    async def _worker_life(self, seat: Seat) -> str:
+    async def _worker_life(self, seat: Seat, restarts: int) -> str:
         """Starts the worker, watches it until it dies, and returns why; raises StartError."""
         handle = await self._launcher.start_worker(seat.occupied(uuid.uuid4().hex), seat.place)
         self._handles.add(handle)
@@ -136,7 +136,7 @@ class Supervisor:
         pushing = None
         if started.role == "decode":
             pushing = asyncio.create_task(push_members(started.address, self._token, self._membership))
-        self._membership.join(started)
+        self._membership.join(started, restarts)
         try:
             done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
             reason = next(task for task in watchers if task in done).result()
@@ -174,11 +174,11 @@ class Supervisor:
     async def _keep_router(self) -> None:
         await self._keep("router", self._router_life)
 
-    async def _router_life(self) -> str:
+    async def _router_life(self, restarts: int) -> str:
         path = self._log_dir / "router.log"
         child, line = await ChildProcess.start(
             self._router_command,
-            msgspec.json.encode(self._router_spec),
+            msgspec.json.encode(msgspec.structs.replace(self._router_spec, restarts=restarts)),
             name="router",
             log=path,
             timeout_s=self._settings.start_timeout_s,
@@ -201,8 +201,8 @@ class Supervisor:
 
     # ---- common ------------------------------------------------------------------------------------------------
 
-    async def _keep(self, name: str, life: Callable[[], Coroutine[Any, Any, str]]) -> None:
-        """One life after the other, with pauses."""
+    async def _keep(self, name: str, life: Callable[[int], Coroutine[Any, Any, str]]) -> None:
+        """One life after the other, with pauses; each is told how many there were before it."""
         settings = self._settings
         backoff = Backoff(
             settings.restart_backoff_s, settings.restart_backoff_max_s, settings.restart_reset_s
@@ -212,7 +212,7 @@ class Supervisor:
             self._report.starting(name)
             begun = time.monotonic()
             try:
-                reason = f"{name} {await life()}"
+                reason = f"{name} {await life(attempts)}"
             except StartError as error:
                 reason = str(error)
             attempts += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -32,12 +33,18 @@ class Decision:
     """Where the request decodes, who prefills (None: the decode worker itself), and why, in words.
 
     `local_below_tokens`: the decode worker prefills a shorter uncached suffix itself whatever is said here.
+    `code`: the reason as one of a few fixed words (`[a-z_]+`, never a number of the request), for metrics.
     """
 
     decode_worker: str
     prefill_worker: str | None
     reason: str
     local_below_tokens: int
+    code: str
+
+    @property
+    def kind(self) -> Literal["local", "remote"]:
+        return "local" if self.prefill_worker is None else "remote"
 
 
 class NoWorker(Exception):
@@ -52,16 +59,18 @@ def threshold(ask: Ask, view: View, now: float) -> Decision:
     decode_worker = _least_loaded(view.decode)
     if ask.uncached_tokens < ask.local_below_tokens:
         reason = f"local: {ask.uncached_tokens} tokens < {ask.local_below_tokens}"
-        return Decision(decode_worker, None, reason, ask.local_below_tokens)
+        return Decision(decode_worker, None, reason, ask.local_below_tokens, "short")
     at = _least_loaded_index(view.prefill)
     if at is None:
-        return Decision(decode_worker, None, "local: no prefill worker", ask.local_below_tokens)
+        return Decision(
+            decode_worker, None, "local: no prefill worker", ask.local_below_tokens, "no_prefill_worker"
+        )
     queue = int(view.prefill.load[at])
     if queue >= ask.max_prefill_waiting:
         reason = f"local: {queue} hand-offs at the least loaded prefill worker >= {ask.max_prefill_waiting}"
-        return Decision(decode_worker, None, reason, ask.local_below_tokens)
+        return Decision(decode_worker, None, reason, ask.local_below_tokens, "prefill_busy")
     reason = f"remote: {ask.uncached_tokens} tokens >= {ask.local_below_tokens}, {queue} hand-offs ahead"
-    return Decision(decode_worker, view.prefill.ids[at], reason, ask.local_below_tokens)
+    return Decision(decode_worker, view.prefill.ids[at], reason, ask.local_below_tokens, "long")
 
 
 def always_remote(ask: Ask, view: View, now: float) -> Decision:
@@ -69,13 +78,13 @@ def always_remote(ask: Ask, view: View, now: float) -> Decision:
     decode_worker = _least_loaded(view.decode)
     at = _least_loaded_index(view.prefill)
     if at is None:
-        return Decision(decode_worker, None, "local: no prefill worker", 0)
-    return Decision(decode_worker, view.prefill.ids[at], "remote: always", 0)
+        return Decision(decode_worker, None, "local: no prefill worker", 0, "no_prefill_worker")
+    return Decision(decode_worker, view.prefill.ids[at], "remote: always", 0, "always")
 
 
 def always_local(ask: Ask, view: View, now: float) -> Decision:
     """Never remote."""
-    return Decision(_least_loaded(view.decode), None, "local: always", 0)
+    return Decision(_least_loaded(view.decode), None, "local: always", 0, "always")
 
 
 POLICIES: dict[str, Policy] = {

@@ -38,8 +38,11 @@ class Members(worker_pb2_grpc.MembershipServicer):
         if request.version > self.newest.version:
             self.newest = request
             members = {member.worker_id: member.incarnation for member in request.members}
+            restarts = {member.worker_id: member.restarts for member in request.members}
             aside = self.file.with_suffix(".part")
-            aside.write_text(json.dumps({"version": request.version, "members": members}))
+            aside.write_text(
+                json.dumps({"version": request.version, "members": members, "restarts": restarts})
+            )
             aside.replace(self.file)
         return worker_pb2.MembersAck(version=self.newest.version)
 

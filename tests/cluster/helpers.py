@@ -69,7 +69,7 @@ def running(pid: int) -> bool:
 
 
 def members(folder: Path, who: str) -> dict[str, Any]:
-    """The newest list that this fake was told: {"version": ..., "members": {worker_id: incarnation}}."""
+    """The newest list that this fake was told: {"version", "members": {worker_id: incarnation}, "restarts": {}}."""
     try:
         told: dict[str, Any] = json.loads((folder / f"members-{who}.json").read_text())
     except FileNotFoundError:

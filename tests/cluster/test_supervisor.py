@@ -181,6 +181,8 @@ async def test_a_lost_worker_is_replaced_by_a_new_incarnation(tmp_path: Path, ho
         await eventually(replaced, "the router knows a new incarnation")
         after = members(deployment.folder, "router")
         assert after["version"] >= before["version"] + 2, "it left before it came back"
+        assert set(before["restarts"].values()) == {0}
+        assert after["restarts"] == {**before["restarts"], "prefill-1": 1}
         assert after["members"]["decode-0"] == before["members"]["decode-0"]
         await eventually(lambda: members(deployment.folder, "decode-0") == after, "so does the decode worker")
         assert not running(pid)

@@ -114,3 +114,17 @@ def test_workers_that_stay_keep_their_numbers() -> None:
     assert pool.usable.tolist() == [True, False]
     assert np.array_equal(pool.load, [5, 0])
     cluster.decode.place("d0", -1)  # gone: no books, no error
+
+
+@given(
+    name=st.sampled_from(sorted(POLICIES)),
+    uncached=st.integers(0, 10_000),
+    below=st.integers(0, 10_000),
+    loads=st.lists(st.integers(0, 50), max_size=3),
+)
+def test_reasons_have_a_few_codes(name: str, uncached: int, below: int, loads: list[int]) -> None:
+    """The words of a reason have numbers in them; a metric's label must not."""
+    view = _cluster({"d0": 0}, {f"p{at}": load for at, load in enumerate(loads)}).view
+    decision = POLICIES[name](_ask(uncached, below=below), view, 0.0)
+    assert decision.code in {"short", "long", "no_prefill_worker", "prefill_busy", "always"}
+    assert decision.kind == decision.reason.partition(":")[0]

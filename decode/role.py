@@ -11,20 +11,20 @@ virtual time. It never waits, never reads a clock, and costs nothing for what is
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 
 from decode.landing import LandingZone
+from decode.request import Request, open_request
 from decode.states import REQUESTS, State
 from engine.api import (
     Cancel,
     EndReason,
     Load,
+    PromptEntry,
     RequestEnd,
     RequestKey,
     StepOutput,
     Submit,
     TokenEntry,
-    Trace,
 )
 from engine.ledger import BlockLedger, SlotLedger, counts
 from engine.plan import StepPlan, StepResult
@@ -33,21 +33,6 @@ from engine.sequence import Sequence
 from kvtransfer.messages import Hello, MoverReport
 from worker.messages import FromPeer, PeerLost, PeerUp, SessionLost, ToEngine
 from worker.role import Action
-
-
-@dataclass(slots=True)
-class Request:
-    """One request and what is known of it for its trace."""
-
-    submit: Submit
-    sequence: Sequence
-    submitted: float
-    state: State = State.ARRIVED
-    trace: Trace = field(default_factory=Trace)
-    begun: float | None = None  # first scheduled, or hand-off begun
-    queued: float = 0.0  # given to the scheduler
-    first_token: float | None = None
-    awaited: bytes | None = None  # the block hash that later requests wait for
 
 
 class DecodeRole:
@@ -74,6 +59,7 @@ class DecodeRole:
             bytes, list[Request]
         ] = {}  # by the hash that they wait for; key present = owner at work
         self._max_waiting = max_waiting
+        self._sequences = 0  # of all requests: choices, or the trunks that they will fork from
         self.landing = LandingZone(
             hello,
             blocks,
@@ -166,19 +152,27 @@ class DecodeRole:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
-        tokens: list[TokenEntry] = []
-        ends: list[RequestEnd] = []
+        output = StepOutput(plan.step, [], [], [])
         for progress in self.scheduler.commit(plan, result):
+            sequence = progress.sequence
+            request = self._requests[sequence.request]
+            key = request.submit.request
+            if progress.scores is not None:
+                first = sequence.scored - len(progress.scores.chosen)
+                output.prompts.append(PromptEntry(key, first, progress.scores))
             if progress.token is None:
+                if request.ready_to_fork:
+                    self.scheduler.detach(sequence)
+                    self._fork(request)
                 continue
-            request = self._requests[progress.sequence.request]
             if request.first_token is None:
                 self._first_token(request, now)
-            generated = progress.sequence.generated
-            tokens.append(TokenEntry(request.submit.request, generated - 1, [progress.token]))
+            output.tokens.append(
+                TokenEntry(key, sequence.generated - 1, [progress.token], progress.logprobs, sequence.choice)
+            )
             if progress.end is not None:
-                ends.append(self._end(request, progress.end, "", now))
-        self._actions.append(StepOutput(plan.step, tokens, ends))
+                output.ends.append(self._choice_ended(request, sequence, progress.end, now))
+        self._actions.append(output)
 
     def _unstick(self, now: float) -> bool:
         """Nothing could run: lets the youngest that holds blocks give way. False when time must help.
@@ -202,8 +196,8 @@ class DecodeRole:
             self.counters["refused"] += 1
             self._actions.append(RequestEnd(submit.request, *refusal))
             return
-        sequence = Sequence(submit.request, submit.prompt, submit.sampling, submit.salt)
-        request = Request(submit, sequence, now)
+        request = open_request(submit, now)
+        self._sequences += len(request.live)
         self._requests[submit.request] = request
         self._by_session.setdefault(submit.request.session, set()).add(submit.request)
         self.counters["accepted"] += 1
@@ -213,8 +207,8 @@ class DecodeRole:
         """Why the request cannot be taken, None when it can."""
         if submit.request in self._requests:
             return "invalid", f"request {submit.request_id!r} is running already"
-        if not submit.prompt or submit.sampling.max_tokens < 1:
-            return "invalid", "a request needs a prompt and max_tokens of at least 1"
+        if not submit.prompt or submit.sampling.max_tokens < 1 or submit.n < 1:
+            return "invalid", "a request needs a prompt, n of at least 1 and max_tokens of at least 1"
         tokens = len(submit.prompt) + submit.sampling.max_tokens
         needed = self.blocks.blocks_for(tokens)
         if needed > self.blocks.total:
@@ -222,14 +216,18 @@ class DecodeRole:
                 f"{tokens} tokens (prompt and max_tokens) need {needed} KV blocks, this worker has "
                 f"{self.blocks.total}: lower max_tokens, or raise decode.kv_cache_gib"
             )
-        if len(self._requests) - self.scheduler.running >= self._max_waiting:
+        if self._sequences - self.scheduler.running >= self._max_waiting:
             return "no_room", f"{self._max_waiting} requests wait already"
         return None
 
     def _place(self, request: Request, now: float) -> None:
         """Where the prompt is computed: after a twin that is at it, by a prefill worker, or here."""
         sequence, submit = request.sequence, request.submit
-        wanted = len(sequence.tokens) - 1
+        if sequence.targets:  # hand-offs and caches bring KV, not the logits that its log-probabilities need
+            self.counters["local"] += 1
+            self._queue(request, now)
+            return
+        wanted = sequence.wanted
         cached = sequence.match_prefix(self.blocks, wanted)
         full = cached // self.blocks.block_size
         if full < wanted // self.blocks.block_size:  # not the last token's block: it is computed anew anyway
@@ -244,7 +242,7 @@ class DecodeRole:
         uncached = wanted - cached
         if submit.prefill_worker:
             if uncached < max(1, submit.local_below_tokens):
-                request.trace.fallback = f"only {uncached} tokens were not cached"
+                self.counters["turned_local"] += 1  # the router could not know how much is cached here
             else:
                 why = self.landing.begin(request.submit, sequence, cached, now)
                 if not why:
@@ -257,12 +255,27 @@ class DecodeRole:
                 request.trace.fallback = why
                 self.counters["fallbacks"] += 1
         self.counters["local"] += 1
+        if not request.choices and not uncached:  # a trunk of which nothing is left to compute
+            sequence.take_prefix(self.blocks, cached)
+            request.begun = now
+            request.trace.cached_tokens = cached
         self._queue(request, now)
 
     def _queue(self, request: Request, now: float) -> None:
         request.state = REQUESTS.move(request.state, State.PREFILL)
         request.queued = now
-        self.scheduler.add(request.sequence)
+        if request.ready_to_fork:
+            self._fork(request)
+        else:
+            for sequence in request.live:
+                self.scheduler.add(sequence)
+
+    def _fork(self, request: Request) -> None:
+        """The prompt's KV is there: from here on every choice goes its own way."""
+        for sequence in request.fork(self.blocks):
+            self.scheduler.add(sequence)
+        self._sequences += request.submit.n - 1
+        self.counters["forks"] += request.submit.n
 
     def _handoff_ended(
         self, sequence: Sequence, remote_tokens: int, size_bytes: int, failure: str, now: float
@@ -291,7 +304,7 @@ class DecodeRole:
         trace = request.trace
         trace.prefill_s = now - request.queued
         trace.ttft_s = now - request.submitted
-        prompt = request.sequence.prompt_length
+        prompt = len(request.submit.prompt)
         computed_here = prompt - trace.cached_tokens - trace.remote_tokens
         if trace.remote_tokens:
             trace.prefilled = "remote" if computed_here <= 1 else "mixed"
@@ -314,11 +327,25 @@ class DecodeRole:
                     parked.remove(request)
         if request.state is State.HANDOFF:
             self.landing.cancel(request.sequence, "cancelled")
-        self.scheduler.remove(request.sequence)
+        for sequence in request.live:
+            self.scheduler.remove(sequence)
+            self._sequences -= 1
+            self.counters["generated_tokens"] += sequence.generated
         self.counters["cancelled"] += 1
-        self._actions.append(self._end(request, "cancelled", "", now))
+        self._actions.append(self._end(request, 0, "cancelled", now))
 
-    def _end(self, request: Request, reason: EndReason, detail: str, now: float) -> RequestEnd:
+    def _choice_ended(
+        self, request: Request, sequence: Sequence, reason: EndReason, now: float
+    ) -> RequestEnd:
+        request.choices.remove(sequence)
+        self._sequences -= 1
+        self.counters["generated_tokens"] += sequence.generated
+        if request.choices:
+            more = len(request.choices)
+            return RequestEnd(request.submit.request, reason, choice=sequence.choice, more=more)
+        return self._end(request, sequence.choice, reason, now)
+
+    def _end(self, request: Request, choice: int, reason: EndReason, now: float) -> RequestEnd:
         request.state = REQUESTS.move(request.state, State.ENDED)
         if request.first_token is not None:
             request.trace.decode_s = now - request.first_token
@@ -328,9 +355,8 @@ class DecodeRole:
         session.discard(key)
         if not session:
             del self._by_session[key.session]
-        self.counters["generated_tokens"] += request.sequence.generated
         self._wake_parked(request, now)
-        return RequestEnd(key, reason, detail, request.trace)
+        return RequestEnd(key, reason, trace=request.trace, choice=choice)
 
     def _wake_parked(self, request: Request, now: float) -> None:
         """The request's prefix is there, or will not come from it: whoever waited for it is placed anew."""

@@ -177,7 +177,7 @@ class LandingZone:
     # ---- begin and end -----------------------------------------------------------------------------------------
 
     def begin(self, submit: Submit, sequence: Sequence, cached: int, now: float) -> str:
-        """Asks the submitted prefill worker for all of the prompt but its last token, beyond `cached` tokens.
+        """Asks the submitted prefill worker for what `sequence.wanted` of it lies beyond `cached` tokens.
 
         Returns why that cannot be done now, or empty when the hand-off is open.
         """
@@ -186,7 +186,7 @@ class LandingZone:
             return f"not connected to {submit.prefill_worker}"
         if not self._slots.total - self._slots.quarantined:
             return "every landing slot is quarantined"
-        wanted = len(sequence.tokens) - 1
+        wanted = sequence.wanted
         sequence.take_prefix(self.blocks, cached)
         kv = self.hello.kv
         grid = chunks(cached, wanted, kv.chunk_tokens)

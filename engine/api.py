@@ -34,6 +34,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0  # over the answer, for each occurrence
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     min_tokens: int = 0  # before so many, none of `stop_token_ids` is drawn
+    logprobs: int | None = None  # so many of the likeliest beside each drawn token; None = off
+    prompt_logprobs: int | None = None  # likewise for each token of the prompt but the first
 
     @property
     def shapes(self) -> bool:
@@ -65,6 +67,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prefill_worker: str = ""
     local_below_tokens: int = 0
     salt: str = ""
+    n: int = 1  # choices: each draws with its own noise, all share the prompt's KV
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -87,21 +90,57 @@ class Trace(msgspec.Struct, kw_only=True):
     fallback: str = ""
 
 
+class Logprobs(msgspec.Struct, array_like=True):
+    """Natural logarithms of the probabilities of consecutive tokens, as arrays: each token's own, and those of the
+    likeliest at its place, as many for each token. Of the model's own distribution, before temperature and penalties.
+    """
+
+    chosen: list[float] = []  # [tokens]
+    top_ids: list[int] = []  # [tokens * top], the likeliest first
+    top: list[float] = []  # [tokens * top]
+
+    @property
+    def width(self) -> int:
+        """Alternatives for each token."""
+        return len(self.top_ids) // len(self.chosen) if self.chosen else 0
+
+    def extend(self, more: Logprobs) -> None:
+        self.chosen.extend(more.chosen)
+        self.top_ids.extend(more.top_ids)
+        self.top.extend(more.top)
+
+    def first(self, tokens: int) -> Logprobs:
+        end = tokens * self.width
+        return Logprobs(self.chosen[:tokens], self.top_ids[:end], self.top[:end])
+
+
 class TokenEntry(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one request; `first_index` is the position of the first within the answer."""
+    """New tokens of one choice of a request; `first_index` is the position of the first within the answer."""
 
     request: RequestKey
     first_index: int
     ids: list[int]
+    logprobs: Logprobs | None = None
+    choice: int = 0
+
+
+class PromptEntry(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of some of a request's prompt; `first_index` is the position of the first of them."""
+
+    request: RequestKey
+    first_index: int
+    logprobs: Logprobs
 
 
 class RequestEnd(msgspec.Struct, frozen=True, tag=True):
-    """The one terminal event of a request."""
+    """A choice has ended, and with `more` 0 the request: its one terminal event, with the trace of all choices."""
 
     request: RequestKey
     reason: EndReason
     detail: str = ""
     trace: Trace | None = None
+    choice: int = 0
+    more: int = 0  # choices that still run
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -110,6 +149,7 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     step: int
     tokens: list[TokenEntry] = []
     ends: list[RequestEnd] = []
+    prompts: list[PromptEntry] = []
 
 
 class LedgerCounts(msgspec.Struct, frozen=True, kw_only=True):

@@ -64,6 +64,12 @@ class KVCache:
         """Bytes of all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copies whole blocks, (source, target), in all layers; no target may be a source or occur twice."""
+        sources, targets = torch.tensor(copies, device=self.device).unbind(1)
+        for layer in self.layers:
+            layer.index_copy_(1, targets, layer.index_select(1, sources))
+
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores k, v [tokens, kv_heads, head_dim] at `slots` [tokens] (int64, distinct)."""
         both = self._slots[layer]

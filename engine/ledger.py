@@ -94,6 +94,13 @@ class BlockLedger:
             self._holders[block] += 1
         return blocks
 
+    def hold(self, blocks: list[int]) -> None:
+        """One more holder for each of these held blocks (a fork); each holder releases for itself."""
+        for block in blocks:
+            if self._state[block] is not BlockState.HELD:
+                raise LedgerError(f"block {block} to be held once more is {self._state[block].name}")
+            self._holders[block] += 1
+
     def publish(self, block: int, name: bytes) -> None:
         """Offers a held, full, verified block to later requests. A second block of the same content stays private."""
         if self._state[block] is not BlockState.HELD:

@@ -51,7 +51,18 @@ class Decoder:
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, wanted: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Computes the step's KV into the cache, and logits [wanted, vocab] after the tokens at indices `wanted`.
+        """Computes the step's KV into the cache, and logits [wanted, vocab] after the tokens at indices `wanted`."""
+        hidden = self.hidden(tokens, positions, plan, wanted)
+        return None if hidden is None else self.head(hidden)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocab] of some rows of what `hidden` returned."""
+        return self._weights.head(hidden)
+
+    def hidden(
+        self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, wanted: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """`forward` but for the head: [wanted, hidden], for callers that cannot hold the logits of all at once.
 
         tokens, positions, wanted: int64 [tokens], [tokens], [wanted], the last ascending. With `wanted` None there are
         no logits, and what lies behind the last layer's keys and values is not computed.
@@ -69,7 +80,7 @@ class Decoder:
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
             x = x + self._reduce(layer.output(attended))
             x = x + self._feed_forward(layer, x)
-        return self._weights.head(rms_norm(x, self._weights.norm, self.config.rms_eps))
+        return rms_norm(x, self._weights.norm, self.config.rms_eps)
 
     def _attend(
         self,

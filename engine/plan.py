@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine.api import SamplingParams
+from engine.api import Logprobs, SamplingParams
 
 
 class BlockTable:
@@ -54,6 +54,7 @@ class Row:
     set, one token is drawn from the logits after the last of them; its position is start+len(tokens).
 
     `history` is the sequence's own list of all tokens up to there, for penalties: not a copy, not to be changed.
+    With `targets`, the log-probability of each of them is wanted, the first after tokens[scored_from], and so on.
     """
 
     start: int
@@ -62,14 +63,21 @@ class Row:
     sampling: SamplingParams | None
     history: list[int] = field(default_factory=list)
     prompt_length: int = 0
+    targets: list[int] = field(default_factory=list)
+    scored_from: int = 0
+    top: int = 0  # likeliest tokens beside each target
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step; usually rows of a single token (decodes) come first, but nothing may rely on it."""
+    """One step; usually rows of a single token (decodes) come first, but nothing may rely on it.
+
+    Before the rows, the KV of block `source` is copied into block `target` for each of `copies`.
+    """
 
     step: int
     rows: list[Row] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (source, target)
 
     @property
     def token_count(self) -> int:
@@ -78,6 +86,11 @@ class StepPlan:
 
 @dataclass(slots=True)
 class StepResult:
-    """`sampled[i]` is the token drawn for `rows[i]`, or -1 where the row samples nothing."""
+    """`sampled[i]` is the token drawn for `rows[i]`, or -1 where the row samples nothing.
+
+    `logprobs[i]` and `scores[i]` are those of the drawn token and of the targets, for the rows that ask.
+    """
 
     sampled: list[int]
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    scores: dict[int, Logprobs] = field(default_factory=dict)

@@ -15,6 +15,7 @@ import torch
 from engine.attention import GATHER_BYTES, AttentionPlan, Rows
 from engine.kv_cache import KVCache, block_bytes
 from engine.logits import shaped
+from engine.logprobs import drawn_logprobs, score
 from engine.model import Decoder
 from engine.model_config import ModelConfig
 from engine.plan import Row, StepPlan, StepResult
@@ -39,32 +40,62 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Computes one step. IndexError where a block table is too short or a token id is outside the vocabulary."""
-        sampled = [-1] * len(plan.rows)
+        result = StepResult([-1] * len(plan.rows))
+        if plan.copies:
+            self.kv_cache.copy_blocks(plan.copies)
         order = _order(plan.rows)
         rows = [plan.rows[index] for index in order]
-        logits = self._forward(rows)
+        ends = _ends(rows)
         drawing = [place for place, row in enumerate(rows) if row.sampling is not None]
-        if logits is not None:
-            params = [row.sampling for row in rows if row.sampling is not None]
-            positions = [rows[place].start + len(rows[place].tokens) for place in drawing]
-            logits = shaped(logits, [rows[place] for place in drawing])
-            drawn = sample(logits, params, positions).tolist()
-            for place, token in zip(drawing, drawn, strict=True):
-                sampled[order[place]] = token
-        return StepResult(sampled)
+        scored = {place: _scored(rows[place], ends[place]) for place, row in enumerate(rows) if row.targets}
+        drawn_from = ends[drawing] - 1
+        wanted = np.sort(np.concatenate((drawn_from, *scored.values()))) if scored else drawn_from
+        hidden = self._hidden(rows, wanted)
+        if hidden is None:
+            return result
+        for place, indices in scored.items():
+            row, part = rows[place], hidden[self._to_device(np.searchsorted(wanted, indices))]
+            result.scores[order[place]] = score(
+                part, self._decoder.head, row.targets, row.top, self.config.vocab_size
+            )
+        if scored:
+            hidden = hidden[self._to_device(np.searchsorted(wanted, drawn_from))]
+        if drawing:
+            logits = self._decoder.head(hidden)
+            self._draw(
+                logits, [rows[place] for place in drawing], [order[place] for place in drawing], result
+            )
+        return result
+
+    def _draw(self, logits: torch.Tensor, rows: list[Row], indices: list[int], result: StepResult) -> None:
+        """Draws from logits [rows, vocab] and enters what came of it into `result` at `indices`."""
+        params = [row.sampling for row in rows if row.sampling is not None]
+        positions = [row.start + len(row.tokens) for row in rows]
+        asking = [at for at, each in enumerate(params) if each.logprobs is not None]
+        raw = logits[asking] if asking else logits  # a copy: shaping works in place
+        drawn = sample(shaped(logits, rows), params, positions)
+        for index, token in zip(indices, drawn.tolist(), strict=True):
+            result.sampled[index] = token
+        if asking:
+            result.logprobs = drawn_logprobs(
+                raw,
+                drawn[asking],
+                [indices[at] for at in asking],
+                [params[at].logprobs or 0 for at in asking],
+            )
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """As `run`, but gives the logits [rows, vocab] of all rows instead of drawing; for tests and evaluation."""
         order = _order(plan.rows)
         rows = [plan.rows[index] for index in order]
-        logits = self._forward(rows, everywhere=True)
-        if logits is None:
+        hidden = self._hidden(rows, _ends(rows) - 1)
+        if hidden is None:
             return torch.empty(0, self.config.vocab_size)
-        return logits[np.argsort(order).tolist()]
+        return self._decoder.head(hidden)[np.argsort(order).tolist()]
 
-    def _forward(self, rows: list[Row], everywhere: bool = False) -> torch.Tensor | None:
-        """Logits of the rows that sample (or of all rows); `rows` as ordered by `_order`."""
+    def _hidden(self, rows: list[Row], wanted: np.ndarray) -> torch.Tensor | None:
+        """Computes the rows, as ordered by `_order`; what the head makes logits of, at the tokens `wanted` of all."""
         if not rows:
             return None
         counts = [len(row.tokens) for row in rows]
@@ -84,9 +115,8 @@ class Runner:
             self._gather_tokens,
             self._windows,
         )
-        drawing = np.array([everywhere or row.sampling is not None for row in rows])
-        wanted = self._to_device(ends[drawing] - 1) if drawing.any() else None
-        return self._decoder.forward(self._to_device(tokens), self._to_device(positions), plan, wanted)
+        places = self._to_device(wanted) if len(wanted) else None
+        return self._decoder.hidden(self._to_device(tokens), self._to_device(positions), plan, places)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
@@ -97,6 +127,17 @@ def _order(rows: list[Row]) -> list[int]:
     decodes = [index for index, row in enumerate(rows) if len(row.tokens) == 1]
     decodes.sort(key=lambda index: rows[index].start)
     return decodes + [index for index, row in enumerate(rows) if len(row.tokens) != 1]
+
+
+def _ends(rows: list[Row]) -> np.ndarray:
+    """Where each row ends among the tokens of all, int64 [rows]."""
+    return np.cumsum([len(row.tokens) for row in rows], dtype=np.int64)
+
+
+def _scored(row: Row, end: int) -> np.ndarray:
+    """The places among all tokens from which the row's targets are scored; the row ends at `end`."""
+    first = end - len(row.tokens) + row.scored_from
+    return np.arange(first, first + len(row.targets))
 
 
 def load_runner(

@@ -39,7 +39,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
     if top_k:
         scaled, keys = _prepare(logits, params, positions, top_k)
         width = min(vocab, max(params[row].top_k for row in top_k))
-        drawn[top_k] = _draw_cut(*_leading(scaled, width), keys, None, [params[row] for row in top_k])
+        drawn[top_k] = _draw_cut(*leading(scaled, width), keys, None, [params[row] for row in top_k])
     if top_p:
         scaled, keys = _prepare(logits, params, positions, top_p)
         drawn[top_p] = _draw_nucleus(scaled, keys, [params[row] for row in top_p])
@@ -63,7 +63,7 @@ def _prepare(
     return scaled, torch.from_numpy(signed).to(logits.device).unsqueeze(1)
 
 
-def _leading(scaled: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def leading(scaled: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `width` best of each row in total order: values and ids, [n, width]."""
     if width == scaled.shape[1]:
         values, ids = scaled.sort(dim=-1, descending=True, stable=True)
@@ -88,7 +88,7 @@ def _draw_nucleus(scaled: torch.Tensor, keys: torch.Tensor, params: Sequence[Sam
     wanted = _column([p.top_p for p in params], scaled)[:, 0] * total
     open_rows = list(range(len(scaled)))
     for width in (*(width for width in _NUCLEUS if width < vocab), vocab):
-        values, ids = _leading(scaled[open_rows], width)
+        values, ids = leading(scaled[open_rows], width)
         reached = values.exp().sum(dim=-1) >= wanted[open_rows]
         flags = [True] * len(open_rows) if width == vocab else reached.tolist()
         done = [place for place, flag in enumerate(flags) if flag]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from engine.api import EndReason, RequestKey
+from engine.api import EndReason, Logprobs
 from engine.ledger import BlockLedger
 from engine.plan import Row, StepPlan, StepResult
 from engine.sequence import Phase, Sequence
@@ -37,6 +37,8 @@ class Progress:
     sequence: Sequence
     token: int | None  # drawn in this step
     end: EndReason | None
+    logprobs: Logprobs | None = None  # of the drawn token
+    scores: Logprobs | None = None  # of tokens of the prompt, the last of them at `sequence.scored` - 1
 
 
 class Scheduler:
@@ -55,9 +57,10 @@ class Scheduler:
         # Wait with blocks of their own: first, or they could starve the rest.
         self._landed: deque[Sequence] = deque()
         self._waiting: deque[Sequence] = deque()
-        self._running: dict[RequestKey, Sequence] = {}  # in order of admission
+        self._running: dict[Sequence, None] = {}  # in order of admission
         self._waiting_tokens = 0
         self._planned: list[Sequence] = []
+        self._copied: list[int] = []  # blocks that the plan copies from: held until it is committed
         self.admitted: list[Sequence] = []  # by the latest `schedule`
         self._step = 0
         self.preemptions = 0
@@ -96,20 +99,20 @@ class Scheduler:
         return self._planned
 
     def youngest(self) -> Sequence | None:
-        return next(reversed(self._running.values()), None)
+        return next(reversed(self._running), None)
 
     # ---- events ------------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. It may hold blocks already (a hand-off landed in them)."""
         assert sequence.phase is Phase.WAITING and sequence.remaining > 0
-        (self._landed if len(sequence.block_table) else self._waiting).append(sequence)
+        (self._landed if sequence.has_blocks else self._waiting).append(sequence)
         self._waiting_tokens += sequence.remaining
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out and lets go of its blocks: finished, cancelled or given up."""
         if sequence.phase is Phase.RUNNING:
-            del self._running[sequence.request]
+            del self._running[sequence]
         elif sequence.phase is Phase.WAITING:
             for queue in (self._landed, self._waiting):
                 if sequence in queue:
@@ -120,7 +123,7 @@ class Scheduler:
 
     def detach(self, sequence: Sequence) -> None:
         """Takes a running sequence out but leaves it its blocks; whoever detached it releases them."""
-        del self._running[sequence.request]
+        del self._running[sequence]
         sequence.phase = Phase.FINISHED
 
     # ---- one step ----------------------------------------------------------------------------------------------
@@ -142,17 +145,23 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Progress]:
         """Books what the step computed and returns it, in the plan's order. Ended sequences are removed."""
         progress = []
-        for sequence, row, token in zip(self._planned, plan.rows, result.sampled, strict=True):
+        for at, (sequence, row, token) in enumerate(
+            zip(self._planned, plan.rows, result.sampled, strict=True)
+        ):
             if sequence.phase is not Phase.RUNNING:  # cancelled while the step ran
                 continue
             sequence.advance(self.ledger, len(row.tokens))
             end = None
             if row.sampling is not None:
                 end = sequence.append(token)
-            progress.append(Progress(sequence, token if row.sampling is not None else None, end))
+            sequence.scored += len(row.targets)
+            drawn = token if row.sampling is not None else None
+            progress.append(Progress(sequence, drawn, end, result.logprobs.get(at), result.scores.get(at)))
             if end is not None:
                 self.remove(sequence)
         self._planned = []
+        self.ledger.release(self._copied)
+        self._copied = []
         return progress
 
     def give_way(self) -> Sequence | None:
@@ -169,7 +178,7 @@ class Scheduler:
     # ---- the three passes --------------------------------------------------------------------------------------
 
     def _plan_decodes(self, plan: StepPlan, budget: int) -> int:
-        for sequence in list(self._running.values()):
+        for sequence in list(self._running):
             if sequence.phase is not Phase.RUNNING or not _decodes(sequence):
                 continue  # preempted in this very loop, or a prompt in progress
             while not self._grow(sequence, 1):
@@ -186,7 +195,7 @@ class Scheduler:
     def _plan_prompts(self, plan: StepPlan, budget: int) -> int:
         if budget <= 0 or len(plan.rows) == len(self._running):
             return budget
-        for sequence in self._running.values():
+        for sequence in self._running:
             if budget <= 0:
                 break
             if _decodes(sequence):
@@ -210,8 +219,10 @@ class Scheduler:
                 if cached:
                     sequence.take_prefix(self.ledger, cached)
                 sequence.phase = Phase.RUNNING
-                self._running[sequence.request] = sequence
+                self._running[sequence] = None
                 self.admitted.append(sequence)
+                if sequence.fork_block is not None:
+                    self._copy_fork(plan, sequence)
                 tokens = min(sequence.remaining, budget)
                 if not self._grow(sequence, tokens):
                     raise AssertionError("admission counted the blocks")
@@ -223,7 +234,7 @@ class Scheduler:
     def _fits(self, sequence: Sequence, reserved: int) -> int | None:
         """The cached tokens to begin with when all of the sequence's tokens fit beside `reserved` blocks, else None."""
         needed = self.ledger.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
-        if len(sequence.block_table):
+        if sequence.has_blocks:
             return 0 if needed <= self.ledger.available - reserved else None
         # At least one token is computed anew: its logits are what the next one is drawn from.
         cached = sequence.match_prefix(self.ledger, len(sequence.tokens) - 1)
@@ -238,9 +249,11 @@ class Scheduler:
         start = sequence.computed
         samples = sequence.sampling if tokens == sequence.remaining else None
         computed = sequence.tokens[start : start + tokens]
-        plan.rows.append(
-            Row(start, computed, sequence.block_table, samples, sequence.tokens, sequence.prompt_length)
-        )
+        row = Row(start, computed, sequence.block_table, samples, sequence.tokens, sequence.prompt_length)
+        if sequence.scored < len(sequence.targets):
+            row.scored_from, row.targets = sequence.targets_of(start, tokens)
+            row.top = sequence.top
+        plan.rows.append(row)
         self._planned.append(sequence)
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
@@ -259,8 +272,18 @@ class Scheduler:
         capacity = (len(sequence.block_table) + self.ledger.available) * self.ledger.block_size
         return max(0, min(tokens, capacity - sequence.computed))
 
+    def _copy_fork(self, plan: StepPlan, sequence: Sequence) -> None:
+        """Copy on write: the block that the sequence shares in part becomes its own before it writes."""
+        target = self.ledger.take(1)
+        assert target is not None, "admission counted the block"
+        sequence.block_table.extend(target)
+        sequence.computed += sequence.fork_tokens
+        source = sequence.leave_fork()
+        plan.copies.append((source, target[0]))
+        self._copied.append(source)
+
     def _preempt(self, sequence: Sequence) -> None:
-        del self._running[sequence.request]
+        del self._running[sequence]
         sequence.phase = Phase.WAITING
         self._send_back(sequence)
 

@@ -22,11 +22,14 @@ class Phase(IntEnum):
 
 
 class Sequence:
-    """Tokens and blocks of one request. `sampling` None: only compute KV (the prefill role)."""
+    """Tokens and blocks of one request, or of one choice of it.
+
+    `sampling` None: only compute KV (the prefill role, and the trunk from which choices fork).
+    """
 
     __slots__ = (
-        "block_table", "computed", "hashes", "phase", "preemptions", "prompt_length", "published", "request", "salt",
-        "sampling", "stop_ids", "tokens",
+        "block_table", "choice", "computed", "fork_block", "fork_tokens", "hashes", "phase", "preemptions",
+        "prompt_length", "published", "request", "salt", "sampling", "scored", "stop_ids", "targets", "tokens", "top",
     )  # fmt: skip
 
     def __init__(
@@ -46,11 +49,35 @@ class Sequence:
         self.hashes: list[bytes] = []  # of full blocks of `tokens`, as far as anyone asked
         self.published = 0  # leading blocks offered to the prefix cache
         self.preemptions = 0
+        self.choice = 0  # of the request
+        self.fork_block: int | None = (
+            None  # held beside the table: its first `fork_tokens` are this sequence's next
+        )
+        self.fork_tokens = 0
+        self.targets: list[int] = []  # the tokens of the prompt, when their log-probabilities are wanted
+        self.scored = 1  # leading tokens of `targets` that are done; the first has none
+        self.top = 0
+        if sampling is not None and sampling.prompt_logprobs is not None:
+            self.score(list(prompt), sampling.prompt_logprobs)
+
+    def score(self, targets: list[int], top: int) -> None:
+        """The log-probabilities of `targets`, which begin as this sequence does, are wanted."""
+        self.targets = targets
+        self.top = top
 
     @property
     def remaining(self) -> int:
         """Tokens without KV yet."""
         return len(self.tokens) - self.computed
+
+    @property
+    def has_blocks(self) -> bool:
+        return bool(len(self.block_table)) or self.fork_block is not None
+
+    @property
+    def wanted(self) -> int:
+        """Leading tokens whose KV may come from elsewhere: not the one from whose logits a token is drawn."""
+        return len(self.tokens) - (self.sampling is not None)
 
     @property
     def generated(self) -> int:
@@ -61,6 +88,8 @@ class Sequence:
     def match_prefix(self, ledger: BlockLedger, limit: int | None = None) -> int:
         """Tokens of this (blockless) sequence that the prefix cache has, at most `limit`, whole blocks."""
         prefix.extend(self.hashes, self.tokens, ledger.block_size, self.salt)
+        if self.scored < len(self.targets):
+            return 0  # logits are needed at every position, and the cache has none
         end = len(self.tokens) if limit is None else limit
         return ledger.match(self.hashes[: end // ledger.block_size]) * ledger.block_size
 
@@ -85,8 +114,44 @@ class Sequence:
     def drop_blocks(self, ledger: BlockLedger) -> None:
         """Lets go of all blocks; what was published may be found again."""
         ledger.release(self.block_table.clear())
+        if self.fork_block is not None:
+            ledger.release([self.leave_fork()])
         self.computed = 0
         self.published = 0
+
+    # ---- choices -----------------------------------------------------------------------------------------------
+
+    def fork(self, ledger: BlockLedger, tokens: list[int], sampling: SamplingParams, choice: int) -> Sequence:
+        """A sequence of `tokens`, which begin with this computed one's, that shares all its blocks.
+
+        The full ones are in its table. The partial last one it must copy before it writes: `fork_block`.
+        """
+        assert not self.remaining and len(tokens) > len(self.tokens)
+        child = Sequence(self.request, tokens, sampling, self.salt)
+        child.choice = choice
+        child.scored = len(child.targets)  # this one has done that
+        blocks: list[int] = self.block_table.ids.tolist()
+        ledger.hold(blocks)
+        full = self.computed // ledger.block_size
+        child.block_table.extend(blocks[:full])
+        child.computed = full * ledger.block_size
+        child.published = full
+        child.hashes = self.hashes[:full]
+        if len(blocks) > full:
+            child.fork_block = blocks[full]
+            child.fork_tokens = self.computed - child.computed
+        return child
+
+    def leave_fork(self) -> int:
+        """The block that was shared in part, which the caller releases."""
+        block, self.fork_block, self.fork_tokens = self.fork_block, None, 0
+        assert block is not None
+        return block
+
+    def targets_of(self, start: int, tokens: int) -> tuple[int, list[int]]:
+        """What is scored by a row of these tokens: where in it that begins, and the targets."""
+        first = max(start, self.scored - 1)
+        return first - start, self.targets[first + 1 : start + tokens + 1]
 
     # ---- tokens ------------------------------------------------------------------------------------------------
 

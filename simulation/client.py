@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
-from engine.api import Cancel, RequestEnd, RequestKey, SamplingParams, StepOutput, Submit
+from decode.request import choice_sampling
+from engine.api import Cancel, RequestEnd, RequestKey, SamplingParams, StepOutput, Submit, TokenEntry
 from simulation.deployment import Deployment
 from simulation.model import VOCABULARY, right_answer
 from simulation.node import Node
@@ -24,7 +25,8 @@ class Answer:
     submit: Submit
     node: Node
     cancelled: bool = False
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)  # by choice
+    reasons: dict[int, str] = field(default_factory=dict)  # by choice: why it ended
     end: RequestEnd | None = None
     lost: bool = False
 
@@ -79,8 +81,11 @@ class Client:
             prefill_worker=random.choice(prefills) if world.chance(self.settings.remote) else "",
             local_below_tokens=random.choice((0, 0, 12)),
             salt=random.choice(("", "tenant")[: self.settings.salts]),
+            n=random.choice((2, 3, 5)) if world.chance(self.settings.forks) else 1,
         )
         answer = self.answers[node.incarnation, submit.request] = Answer(submit, node)
+        answer.tokens = [[] for _ in range(submit.n)]
+        world.facts["forked"] += submit.n > 1
         world.after(world.between(*DELAY_S), lambda: node.receive(submit), node)
         if world.chance(self.settings.cancels):
             world.after(world.between(0.0, random.choice((0.01, 0.2, 1.0))), lambda: self._cancel(answer))
@@ -138,43 +143,64 @@ class Client:
             self._end(node, output)
             return
         for entry in output.tokens:
-            self._tokens(node, entry.request, entry.first_index, entry.ids)
+            self._tokens(node, entry)
         for end in output.ends:
             self._end(node, end)
 
-    def _tokens(self, node: Node, key: RequestKey, first_index: int, ids: list[int]) -> None:
-        found = self.answers[node.incarnation, key]
-        name = found.submit.request_id
-        if found.over:
+    def _tokens(self, node: Node, entry: TokenEntry) -> None:
+        found = self.answers[node.incarnation, entry.request]
+        name = f"{found.submit.request_id}, choice {entry.choice}"
+        tokens = found.tokens[entry.choice]
+        if found.over or entry.choice in found.reasons:
             self.world.violate(f"{name}: tokens after its end")
-        elif first_index != len(found.tokens):
-            self.world.violate(f"{name}: token {first_index} came after {len(found.tokens)} tokens")
-        found.tokens += ids
+        elif entry.first_index != len(tokens):
+            self.world.violate(f"{name}: token {entry.first_index} came after {len(tokens)} tokens")
+        tokens += entry.ids
 
     def _end(self, node: Node, end: RequestEnd) -> None:
         found = self.answers[node.incarnation, end.request]
         submit = found.submit
         name = submit.request_id
-        if found.over:
-            self.world.violate(f"{name}: a second end, {end.reason}")
+        of_choice = end.reason in ("stop", "length")  # anything else ends all choices at once
+        if found.over or (of_choice and end.choice in found.reasons):
+            self.world.violate(f"{name}: a second end of choice {end.choice}, {end.reason}")
             return
+        if of_choice:
+            self._choice_end(found, end)
+            if end.more:
+                return
         found.end = end
         self.world.facts[f"end_{end.reason}"] += 1
-        expected, reason = right_answer(submit.prompt, submit.sampling, submit.salt)
-        if end.reason in ("stop", "length"):
-            if found.tokens != expected or end.reason != reason:
-                self.world.violate(f"{name}: answered {found.tokens} {end.reason}, not {expected} {reason}")
+        given = sum(map(len, found.tokens))
+        if of_choice:
             trace = end.trace
             self.world.facts[f"prefilled_{trace.prefilled}"] += trace is not None  # type: ignore[union-attr]
         elif end.reason == "cancelled":
-            if not found.cancelled or found.tokens != expected[: len(found.tokens)]:
+            if not found.cancelled or not all(self._right_so_far(found, c) for c in range(submit.n)):
                 self.world.violate(f"{name}: cancelled by itself, or wrong until then")
         elif end.reason == "invalid":
             room = node.spec.blocks * node.spec.block_size
-            if found.tokens or len(submit.prompt) + submit.sampling.max_tokens <= room:
+            if given or len(submit.prompt) + submit.sampling.max_tokens <= room:
                 self.world.violate(f"{name}: refused for no reason: {end.detail}")
         elif end.reason == "no_room":
-            if found.tokens or sum(not other.over for other in self.answers.values()) < node.spec.max_waiting:
+            work = sum(other.submit.n for other in self.answers.values() if not other.over)
+            if given or work < node.spec.max_waiting:
                 self.world.violate(f"{name}: refused for no reason: {end.detail}")
         else:
             self.world.violate(f"{name}: ended with {end.reason} {end.detail}")
+
+    def _choice_end(self, found: Answer, end: RequestEnd) -> None:
+        """Each choice answers what a single request with that choice would."""
+        submit, tokens = found.submit, found.tokens[end.choice]
+        found.reasons[end.choice] = end.reason
+        expected, reason = right_answer(submit.prompt, choice_sampling(submit, end.choice), submit.salt)
+        name = f"{submit.request_id}, choice {end.choice}"
+        if tokens != expected or end.reason != reason:
+            self.world.violate(f"{name}: answered {tokens} {end.reason}, not {expected} {reason}")
+        if end.more != submit.n - len(found.reasons):
+            self.world.violate(f"{name}: {end.more} more choices after {len(found.reasons)} of {submit.n}")
+
+    def _right_so_far(self, found: Answer, choice: int) -> bool:
+        submit, tokens = found.submit, found.tokens[choice]
+        expected, _ = right_answer(submit.prompt, choice_sampling(submit, choice), submit.salt)
+        return tokens == expected[: len(tokens)]

@@ -70,6 +70,8 @@ class Model:
     def run(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
         """Computes a step; raises WrongKv when what it would read is not what `sequences` demand."""
         sampled = []
+        for source, target in plan.copies:
+            self.pool[target] = self.pool[source]
         for row, sequence in zip(plan.rows, sequences, strict=True):
             end = row.start + len(row.tokens)
             if row.tokens != sequence.tokens[row.start : end]:

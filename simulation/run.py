@@ -14,7 +14,7 @@ from simulation.node import MakeRole, make_role
 from simulation.settings import Settings, draw_settings
 from simulation.world import World
 
-ANSWERED_BY_S = 60.0  # virtual seconds; far more than any deadline adds up to
+ANSWERED_BY_S = 180.0  # virtual seconds; far more than any deadline adds up to
 AT_REST_AFTER_S = 20.0
 
 

@@ -24,6 +24,7 @@ class Settings:
     remote: float = 0.8
     twins: float = 0.3
     cancels: float = 0.1
+    forks: float = 0.2  # of the requests ask for several choices
     sessions: int = 2
     faults: dict[str, int] = field(default_factory=dict)
     fault_s: float = 2.0  # faults strike within this time
@@ -55,6 +56,7 @@ def draw_settings(random: Random) -> Settings:
     settings.twins = random.choice((0.0, 0.3, 0.8))
     settings.cancels = random.choice((0.0, 0.1, 0.5))
     settings.sessions = random.choice((1, 3))
+    settings.forks = random.choice((0.0, 0.2, 0.7))
     if random.random() < 0.8:
         settings.faults = {kind: random.choice((0, 0, 1, 3)) for kind in FAULTS}
         settings.fault_s = settings.begin_s + random.choice((0.3, 2.0))

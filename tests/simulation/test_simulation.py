@@ -30,7 +30,7 @@ TROUBLES = (
     *("end_cancelled", "end_stop", "end_length"),
     *("prefilled_remote", "prefilled_local", "prefilled_mixed", "prefilled_cached"),
     *("count_digest_refused", "count_handoffs_expired", "count_writes_failed"),
-    *("count_slots_reclaimed", "count_late_messages"),
+    *("count_slots_reclaimed", "count_late_messages", "forked", "count_forks"),
 )
 
 SEEDS = 300

@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from decode.role import DecodeRole
-from engine.api import RequestEnd, RequestKey, SamplingParams, StepOutput, Submit
+from engine.api import (
+    Logprobs,
+    PromptEntry,
+    RequestEnd,
+    RequestKey,
+    SamplingParams,
+    StepOutput,
+    Submit,
+    TokenEntry,
+    Trace,
+)
 from engine.ledger import BlockLedger, SlotLedger
 from engine.runner import load_runner
 from engine.scheduler import Limits
@@ -37,35 +47,70 @@ class LocalEngine:
         )
         hello = Hello(worker_id="decode", incarnation="i", kv=kv, transport="", endpoint=b"")
         self.role = DecodeRole(hello, self.ledger, SlotLedger(0), Limits(budget, max_running))
+        self.copies = 0  # blocks copied for forks
         self._next = 1
         self._now = 0.0
 
     def generate(self, asked: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
         """All requests together, batched as the scheduler likes; their tokens, in the order asked."""
-        keys = []
-        for prompt, sampling in asked:
+        return [outcome.choices[0] for outcome in self.answer([(*one, 1) for one in asked])]
+
+    def answer(self, asked: list[tuple[list[int], SamplingParams, int]]) -> list[Outcome]:
+        """As `generate`, with a number of choices for each request, and all that is known of it."""
+        outcomes: dict[RequestKey, Outcome] = {}
+        for prompt, sampling, n in asked:
             key = RequestKey(1, self._next)
             self._next += 1
-            keys.append(key)
+            outcomes[key] = Outcome(n)
             self.role.handle(
-                Submit(request=key, request_id=str(key.key), prompt=prompt, sampling=sampling), self._now
+                Submit(request=key, request_id=str(key.key), prompt=prompt, sampling=sampling, n=n), self._now
             )
-        answers: dict[RequestKey, list[int]] = {key: [] for key in keys}
-        ended: set[RequestKey] = set()
-        while len(ended) < len(keys):
+        while not all(outcome.over for outcome in outcomes.values()):
             self._now += 1.0
             self.role.tick(self._now)
             plan = self.role.schedule(self._now)
             assert plan is not None, "requests are waiting and nothing can run"
+            self.copies += len(plan.copies)
             self.role.commit(plan, self.runner.run(plan), self._now)
             for action in self.role.drain():
-                if isinstance(action, StepOutput):
-                    for entry in action.tokens:
-                        assert entry.first_index == len(answers[entry.request])
-                        answers[entry.request] += entry.ids
-                    ended |= {end.request for end in action.ends}
-                else:
-                    assert not isinstance(action, RequestEnd), action
+                assert isinstance(action, StepOutput), action
+                for prompts in action.prompts:
+                    outcomes[prompts.request].add_prompt(prompts)
+                for entry in action.tokens:
+                    outcomes[entry.request].add(entry)
+                for end in action.ends:
+                    outcomes[end.request].end(end)
         assert self.role.at_rest
         self.role.check()
-        return [answers[key] for key in keys]
+        return list(outcomes.values())
+
+
+class Outcome:
+    """What came of one request, by choice."""
+
+    def __init__(self, n: int) -> None:
+        self.choices: list[list[int]] = [[] for _ in range(n)]
+        self.logprobs = [Logprobs() for _ in range(n)]
+        self.prompt = Logprobs()
+        self.reasons: dict[int, str] = {}
+        self.trace: Trace | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.trace is not None
+
+    def add(self, entry: TokenEntry) -> None:
+        assert entry.first_index == len(self.choices[entry.choice]) and entry.choice not in self.reasons
+        self.choices[entry.choice] += entry.ids
+        if entry.logprobs is not None:
+            self.logprobs[entry.choice].extend(entry.logprobs)
+
+    def add_prompt(self, entry: PromptEntry) -> None:
+        assert entry.first_index == len(self.prompt.chosen) + 1
+        self.prompt.extend(entry.logprobs)
+
+    def end(self, end: RequestEnd) -> None:
+        self.reasons[end.choice] = end.reason
+        assert not self.over and end.more == len(self.choices) - len(self.reasons)
+        assert (end.trace is None) == (end.more > 0)
+        self.trace = end.trace

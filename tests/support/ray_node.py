@@ -52,7 +52,8 @@ class RayNode:
         self.log = self.folder / "ray.log"
         command = [
             str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4",
-            f"--port={free_port()}", f"--object-store-memory={STORE_BYTES}", f"--resources={resources}",
+            f"--port={free_port()}", f"--ray-client-server-port={free_port()}",
+            f"--object-store-memory={STORE_BYTES}", f"--resources={resources}",
             f"--temp-dir={self.folder / 'ray'}", *arguments,
         ]  # fmt: skip
         with self.log.open("wb") as sink:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from baton import RELEASE
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
 from engine.api import SamplingParams, Trace
+from router.account import Account
 from router.dispatch_api import Ended, NewTokens, Prompt, RefusalKind, Refused
 from router.links import WorkerLink
+from router.metrics import RequestMetrics
 from router.policy import POLICIES, Ask, Decision, NoWorker
 from router.spec import RouterSpec
 from router.view import ClusterView
@@ -31,12 +33,13 @@ RETRY_AFTER_S = 1.0
 class Flight:
     """One request under way: what has come for it and was not taken yet. One consumer."""
 
-    __slots__ = ("_events", "_waiter", "decision", "first_token_seen", "key", "link")
+    __slots__ = ("_events", "_waiter", "account", "decision", "first_token_seen", "key", "link")
 
-    def __init__(self, key: int, link: WorkerLink, decision: Decision) -> None:
+    def __init__(self, key: int, link: WorkerLink, decision: Decision, account: Account) -> None:
         self.key = key
         self.link = link
         self.decision = decision
+        self.account = account
         self.first_token_seen = False
         self._events: deque[NewTokens | Ended | Refused] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -65,8 +68,8 @@ class WorkerDispatcher:
 
     def __init__(self, spec: RouterSpec) -> None:
         self.spec = spec
+        self.metrics = RequestMetrics()
         self.cluster = ClusterView()
-        self.counters: Counter[str] = Counter()
         self._policy = POLICIES[spec.policy]
         self._links: dict[str, WorkerLink] = {}  # by worker id
         self._flights: dict[int, Flight] = {}
@@ -114,13 +117,14 @@ class WorkerDispatcher:
             raise Refused(RefusalKind.UNAVAILABLE, str(error), retry_after_s=RETRY_AFTER_S) from None
         link = self._links[decision.decode_worker]
         message = pb.ToWorker(submit=_submit_message(self._next_key, prompt, decision))
-        flight = Flight(self._next_key, link, decision)
+        flight = Flight(self._next_key, link, decision, prompt.account)
         self._next_key += 1
         self._flights[flight.key] = flight
         self.cluster.decode.place(decision.decode_worker, 1)
         if decision.prefill_worker is not None:
             self.cluster.prefill.place(decision.prefill_worker, 1)
-        self.counters["remote" if decision.prefill_worker else "local"] += 1
+        prompt.account.decision = decision
+        self.metrics.decided(decision, len(prompt.tokens))
         link.send(message)
         return flight
 
@@ -140,12 +144,16 @@ class WorkerDispatcher:
     # ---- the workers' side -------------------------------------------------------------------------------------
 
     def _on_message(self, link: WorkerLink, message: pb.FromWorker) -> None:
+        now = time.monotonic()
         for entry in message.tokens:
             flight = self._flights.get(entry.key)
             if flight is not None:
                 self._prefilled(flight)
+                self.metrics.tokens(flight.account, 0, len(entry.ids), now)
                 flight.push(NewTokens(entry.first_index, list(entry.ids)))
         for end in message.ends:
+            if end.HasField("trace"):
+                self.metrics.traced(end.trace)
             flight = self._flights.get(end.key)
             if flight is not None:
                 flight.push(self._end(flight, end))
@@ -165,10 +173,11 @@ class WorkerDispatcher:
         book.set_usable(link.member.worker_id, True)
 
     def _end(self, flight: Flight, end: pb.RequestEnd) -> Ended | Refused:
+        if end.HasField("trace"):
+            flight.account.trace = _trace(end.trace)
         if end.reason in ("stop", "length"):
             worker = flight.decision.decode_worker
-            return Ended(end.reason, _trace(end.trace), worker, flight.decision.reason)
-        self.counters[f"ended_{end.reason}"] += 1
+            return Ended(end.reason, flight.account.trace or Trace(), worker, flight.decision.reason)
         if end.reason == "no_room":
             return Refused(RefusalKind.NO_ROOM, f"no room: {end.detail}", retry_after_s=RETRY_AFTER_S)
         if end.reason == "invalid":
@@ -216,6 +225,10 @@ class WorkerDispatcher:
             [worker_id for worker_id, member in wanted.items() if member.role == "prefill"],
         )
         await asyncio.gather(*retired, return_exceptions=True)
+
+    def workers(self) -> Iterator[tuple[api.WorkerStatus, int]]:
+        """What each member last said of itself, and how often it was started again."""
+        return ((link.status, link.member.restarts) for link in self._links.values())
 
     def status(self) -> api.StatusResponse:
         return api.StatusResponse(

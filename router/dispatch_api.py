@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Protocol
 
 from engine.api import SamplingParams, Trace
+from router.account import Account
 
 
 class RefusalKind(Enum):
@@ -49,6 +50,7 @@ class Prompt:
     tokens: list[int]
     sampling: SamplingParams
     salt: str = ""
+    account: Account = field(default_factory=Account, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

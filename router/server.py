@@ -17,13 +17,21 @@ from collections.abc import Iterator
 import grpc.aio
 import msgspec
 import uvicorn
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from baton import rpc
+from baton import RELEASE, rpc
 from baton.v1 import worker_pb2_grpc
+from router.account import Account
 from router.dispatch import WorkerDispatcher
 from router.generation import Generation
 from router.grpc_door import add_public_services
 from router.http_door import create_app
+from router.metrics import Collector
+from router.request_log import log_request, set_up_logging
 from router.spec import RouterSpec, RouterStarted
 from router.text import TextCodec
 
@@ -47,7 +55,11 @@ class Router:
             self.dispatcher,
             served_name=spec.served_name,
             max_model_len=spec.max_model_len,
+            on_end=self._request_ended,
         )
+        self._registry = CollectorRegistry()
+        self._registry.register(self._collector())
+        ProcessCollector(registry=self._registry)
         self._grpc: grpc.aio.Server | None = None
         self._http: _HttpServer | None = None
         self._http_task: asyncio.Task[None] | None = None
@@ -65,7 +77,7 @@ class Router:
         await self._grpc.start()
         listener = _listen(self.spec.http)
         config = uvicorn.Config(
-            create_app(self.generation),
+            create_app(self.generation, extra_routes=[Route("/metrics", self._metrics)]),
             log_level="warning",
             lifespan="off",
             timeout_graceful_shutdown=GRACE_S,
@@ -75,6 +87,29 @@ class Router:
         self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
         http_host, http_port = listener.getsockname()[:2]
         return RouterStarted(http=f"{http_host}:{http_port}", grpc=f"{grpc_host}:{port}", pid=os.getpid())
+
+    def _request_ended(self, account: Account) -> None:
+        self.dispatcher.metrics.ended(account)
+        log_request(account)
+
+    def _collector(self) -> Collector:
+        return Collector(
+            self.dispatcher.metrics,
+            self.dispatcher.workers,
+            lambda: self.dispatcher.active,
+            restarts=self.spec.restarts,
+            build={
+                "release": RELEASE,
+                "router": self.spec.router_id,
+                "model": self.spec.served_name,
+                "policy": self.spec.policy,
+            },
+        )
+
+    async def _metrics(self, request: Request) -> Response:
+        """/metrics, in Prometheus' text or OpenMetrics as the scraper asks."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self._registry), media_type=content_type)
 
     async def stop(self) -> None:
         """Closes the doors; requests under way get a moment to end."""
@@ -137,11 +172,7 @@ async def _main() -> int:
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C is the supervisor's to handle
     line = await loop.run_in_executor(None, sys.stdin.readline)
     spec = msgspec.json.decode(line, type=RouterSpec)
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"%(asctime)s {spec.router_id} %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    set_up_logging(spec.router_id, spec.log_format)
 
     async def until_orphaned() -> None:
         # Whoever started us closes our standard input when it dies, however it dies.

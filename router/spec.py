@@ -7,6 +7,8 @@ Who is in the cluster it learns from `Membership.SetMembers` on its gRPC port (t
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -22,6 +24,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     local_below_tokens: int = 256
     max_prefill_waiting: int = 8  # remote only while fewer hand-offs wait at the prefill worker
     max_active: int = 1024  # requests in this router; beyond that RESOURCE_EXHAUSTED
+    log_format: Literal["text", "json"] = "text"
     restarts: int = 0  # how often this router was started again by its supervisor
 
 

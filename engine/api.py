@@ -109,9 +109,10 @@ class Logprobs(msgspec.Struct, array_like=True):
         self.top_ids.extend(more.top_ids)
         self.top.extend(more.top)
 
-    def first(self, tokens: int) -> Logprobs:
-        end = tokens * self.width
-        return Logprobs(self.chosen[:tokens], self.top_ids[:end], self.top[:end])
+    def part(self, start: int, end: int) -> Logprobs:
+        """Of tokens start .. end-1."""
+        cut = slice(start * self.width, end * self.width)
+        return Logprobs(self.chosen[start:end], self.top_ids[cut], self.top[cut])
 
 
 class TokenEntry(msgspec.Struct, frozen=True, array_like=True):

@@ -21,6 +21,8 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_SEED = 2**64 - 1
 MAX_BIASED_IDS = 1024
 MAX_REPETITION_PENALTY = 10
+MAX_LOGPROBS = 20
+MAX_CHOICES = 16
 
 
 class ContextLengthExceeded(Refused):
@@ -51,6 +53,10 @@ class GenerateCall:
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int | None = None
+    logprobs: int | None = None  # so many of the likeliest beside each token of the answer
+    prompt_logprobs: int | None = None
+    n: int | None = None
+    echo: bool = False  # tell the prompt first
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -95,6 +101,12 @@ def check_sampling(call: GenerateCall, vocab_size: int) -> None:
         raise invalid(f"seed must be between 0 and {MAX_SEED}, not {call.seed}", "seed")
     if call.max_tokens is not None and call.max_tokens < 1:
         raise invalid(f"max_tokens must be at least 1, not {call.max_tokens}", "max_tokens")
+    if call.n is not None and not 1 <= call.n <= MAX_CHOICES:
+        raise invalid(f"n must be between 1 and {MAX_CHOICES}, not {call.n}", "n")
+    for name in ("logprobs", "prompt_logprobs"):
+        top = getattr(call, name)
+        if top is not None and not 0 <= top <= MAX_LOGPROBS:
+            raise invalid(f"{name} must be between 0 and {MAX_LOGPROBS}, not {top}", name)
     if call.min_tokens is not None and call.min_tokens < 0:
         raise invalid(f"min_tokens must be at least 0, not {call.min_tokens}", "min_tokens")
     if len(call.stop) > MAX_STOP_STRINGS:
@@ -150,5 +162,7 @@ def sampling_params(
         seed=seed,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
+        logprobs=call.logprobs,
+        prompt_logprobs=call.prompt_logprobs,
         stop_token_ids=tuple(dict.fromkeys([*call.stop_token_ids, *(() if call.ignore_eos else eos_ids)])),
     )

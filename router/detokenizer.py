@@ -120,30 +120,33 @@ class WindowDetokenizer:
         return whole[len(before) :]
 
 
+def token_bytes(tokenizer: Tokenizer) -> TokenBytes | None:
+    """The bytes of each token, where the tokenizer's decoder is of a kind that joins bytes; None for other kinds."""
+    if is_byte_level(tokenizer):
+        return TokenBytes(tokenizer, _spell_byte_level)
+    steps = _decoder_steps(tokenizer)
+    kinds = [step["type"] for step in steps]
+    if kinds in (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"]):
+        old, new = steps[0]["pattern"].get("String"), steps[0]["content"]
+        one_space = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        if old is not None and steps[3:] in ([], [one_space]):
+            return TokenBytes(tokenizer, lambda token: _spell_byte_fallback(token.replace(old, new)))
+    return None
+
+
 def detokenizers(tokenizer: Tokenizer) -> Callable[[Iterable[int]], IncrementalDetokenizer]:
     """A factory for this tokenizer: `make(context)`, where `context` are the last ids of the prompt.
 
     Context matters where a tokenizer drops the space before the first word of a text: an answer continues a text.
     """
-    steps = _decoder_steps(tokenizer)
-    kinds = [step["type"] for step in steps]
-    if is_byte_level(tokenizer):
-        pieces = TokenBytes(tokenizer, _spell_byte_level)
-        return lambda context: ByteDetokenizer(
-            pieces, errors="replace", strip_first_space=False, context=context
+    pieces = token_bytes(tokenizer)
+    if pieces is None:
+        return lambda context: WindowDetokenizer(
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), context
         )
-    if kinds in (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"]):
-        old, new = steps[0]["pattern"].get("String"), steps[0]["content"]
-        strip = len(steps) == 4
-        one_space = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-        if old is not None and (not strip or steps[3] == one_space):
-            pieces = TokenBytes(tokenizer, lambda token: _spell_byte_fallback(token.replace(old, new)))
-            return lambda context: ByteDetokenizer(
-                pieces, errors="baton.replace_each_byte", strip_first_space=strip, context=context
-            )
-    return lambda context: WindowDetokenizer(
-        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), context
-    )
+    strip = len(_decoder_steps(tokenizer)) == 4
+    errors = "replace" if is_byte_level(tokenizer) else "baton.replace_each_byte"
+    return lambda context: ByteDetokenizer(pieces, errors=errors, strip_first_space=strip, context=context)
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:

@@ -16,12 +16,21 @@ from typing import Any
 from baton import RELEASE
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
-from engine.api import SamplingParams, Trace
+from engine.api import Logprobs, SamplingParams, Trace
 from router.account import Account
-from router.dispatch_api import Ended, NewTokens, Prompt, RefusalKind, Refused
+from router.dispatch_api import (
+    ChoiceEnded,
+    Ended,
+    Event,
+    NewTokens,
+    Prompt,
+    PromptScores,
+    RefusalKind,
+    Refused,
+)
 from router.links import WorkerLink
 from router.metrics import RequestMetrics
-from router.policy import POLICIES, Ask, Decision, NoWorker
+from router.policy import POLICIES, Ask, Decision, NoWorker, choose
 from router.spec import RouterSpec
 from router.view import ClusterView
 
@@ -33,7 +42,7 @@ RETRY_AFTER_S = 1.0
 class Flight:
     """One request under way: what has come for it and was not taken yet. One consumer."""
 
-    __slots__ = ("_events", "_waiter", "account", "decision", "first_token_seen", "key", "link")
+    __slots__ = ("_events", "_untaken", "_waiter", "account", "decision", "first_token_seen", "key", "link")
 
     def __init__(self, key: int, link: WorkerLink, decision: Decision, account: Account) -> None:
         self.key = key
@@ -41,25 +50,30 @@ class Flight:
         self.decision = decision
         self.account = account
         self.first_token_seen = False
-        self._events: deque[NewTokens | Ended | Refused] = deque()
+        self._events: deque[Event | Refused] = deque()
+        self._untaken: dict[int, NewTokens] = {}  # by choice, among the events
         self._waiter: asyncio.Future[None] | None = None
 
-    def push(self, event: NewTokens | Ended | Refused) -> None:
+    def push(self, event: Event | Refused) -> None:
+        if isinstance(event, NewTokens):
+            # A slow client gets what piled up in one piece.
+            earlier = self._untaken.setdefault(event.choice, event)
+            if earlier is not event:
+                earlier.ids.extend(event.ids)
+                if earlier.logprobs is not None and event.logprobs is not None:
+                    earlier.logprobs.extend(event.logprobs)
+                return
         self._events.append(event)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def next(self) -> NewTokens | Ended | Refused:
+    async def next(self) -> Event | Refused:
         while not self._events:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         event = self._events.popleft()
         if isinstance(event, NewTokens):
-            # A slow client gets what piled up in one piece.
-            while self._events and isinstance(self._events[0], NewTokens):
-                more = self._events.popleft()
-                assert isinstance(more, NewTokens)
-                event = NewTokens(event.first_index, event.ids + more.ids)
+            del self._untaken[event.choice]
         return event
 
 
@@ -86,7 +100,7 @@ class WorkerDispatcher:
     def active(self) -> int:
         return len(self._flights)
 
-    async def generate(self, prompt: Prompt) -> AsyncGenerator[NewTokens | Ended, None]:
+    async def generate(self, prompt: Prompt) -> AsyncGenerator[Event, None]:
         """See `Dispatcher.generate`."""
         if len(self._flights) >= self.spec.max_active:
             raise Refused(
@@ -99,7 +113,7 @@ class WorkerDispatcher:
         try:
             while not ended:
                 event = await flight.next()
-                ended = not isinstance(event, NewTokens)
+                ended = isinstance(event, Ended | Refused)
                 if isinstance(event, Refused):
                     raise event
                 yield event
@@ -110,9 +124,15 @@ class WorkerDispatcher:
 
     def _submit(self, prompt: Prompt) -> Flight:
         uncached = len(prompt.tokens) - 1
-        ask = Ask(len(prompt.tokens), uncached, self.spec.local_below_tokens, self.spec.max_prefill_waiting)
+        ask = Ask(
+            len(prompt.tokens),
+            uncached,
+            self.spec.local_below_tokens,
+            self.spec.max_prefill_waiting,
+            prompt_logprobs=prompt.sampling.prompt_logprobs is not None,
+        )
         try:
-            decision = self._policy(ask, self.cluster.view, time.monotonic())
+            decision = choose(self._policy, ask, self.cluster.view, time.monotonic())
         except NoWorker as error:
             raise Refused(RefusalKind.UNAVAILABLE, str(error), retry_after_s=RETRY_AFTER_S) from None
         link = self._links[decision.decode_worker]
@@ -145,17 +165,24 @@ class WorkerDispatcher:
 
     def _on_message(self, link: WorkerLink, message: pb.FromWorker) -> None:
         now = time.monotonic()
+        for scores in message.prompts:
+            flight = self._flights.get(scores.key)
+            if flight is not None:
+                flight.push(PromptScores(scores.first_index, _logprobs(scores.logprobs)))
         for entry in message.tokens:
             flight = self._flights.get(entry.key)
             if flight is not None:
                 self._prefilled(flight)
-                self.metrics.tokens(flight.account, 0, len(entry.ids), now)
-                flight.push(NewTokens(entry.first_index, list(entry.ids)))
+                self.metrics.tokens(flight.account, entry.choice, len(entry.ids), now)
+                logprobs = _logprobs(entry.logprobs) if entry.HasField("logprobs") else None
+                flight.push(NewTokens(entry.first_index, list(entry.ids), entry.choice, logprobs))
         for end in message.ends:
             if end.HasField("trace"):
                 self.metrics.traced(end.trace)
             flight = self._flights.get(end.key)
-            if flight is not None:
+            if flight is not None and end.more:
+                flight.push(ChoiceEnded(end.choice, end.reason))
+            elif flight is not None:
                 flight.push(self._end(flight, end))
                 self._land(flight)
         if message.HasField("status"):
@@ -177,7 +204,9 @@ class WorkerDispatcher:
             flight.account.trace = _trace(end.trace)
         if end.reason in ("stop", "length"):
             worker = flight.decision.decode_worker
-            return Ended(end.reason, flight.account.trace or Trace(), worker, flight.decision.reason)
+            return Ended(
+                end.reason, flight.account.trace or Trace(), worker, flight.decision.reason, end.choice
+            )
         if end.reason == "no_room":
             return Refused(RefusalKind.NO_ROOM, f"no room: {end.detail}", retry_after_s=RETRY_AFTER_S)
         if end.reason == "invalid":
@@ -253,6 +282,7 @@ def _submit_message(key: int, prompt: Prompt, decision: Decision) -> pb.Submit:
         prefill_worker=decision.prefill_worker or "",
         local_below_tokens=decision.local_below_tokens,
         salt=prompt.salt,
+        n=prompt.n,
     )
 
 
@@ -272,7 +302,13 @@ def _sampling(sampling: SamplingParams) -> pb.EngineSampling:
         bias_ids=[token for token, _ in sampling.logit_bias],
         bias=[bias for _, bias in sampling.logit_bias],
         min_tokens=sampling.min_tokens,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
+
+
+def _logprobs(message: api.Logprobs) -> Logprobs:
+    return Logprobs(list(message.chosen), list(message.top_ids), list(message.top))
 
 
 def _trace(trace: api.Trace) -> Trace:

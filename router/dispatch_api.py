@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from engine.api import SamplingParams, Trace
+from engine.api import Logprobs, SamplingParams, Trace
 from router.account import Account
 
 
@@ -50,28 +50,54 @@ class Prompt:
     tokens: list[int]
     sampling: SamplingParams
     salt: str = ""
+    n: int = 1  # choices
     account: Account = field(default_factory=Account, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
+    """Some more tokens of one choice; `logprobs` of each when the request asks for them."""
+
     first_index: int
     ids: list[int]
+    choice: int = 0
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of the prompt's tokens from `first_index` on; all come before the first NewTokens."""
+
+    first_index: int
+    logprobs: Logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEnded:
+    """One choice has ended, and others have not."""
+
+    choice: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The one terminal event. reason: "stop" or "length"; everything else is raised as Refused."""
+    """The one terminal event: of the request, and of its last choice. reason: "stop" or "length"; everything else is
+    raised as Refused."""
 
     reason: str
     trace: Trace = field(default_factory=Trace)
     decode_worker: str = ""
     decision: str = ""
+    choice: int = 0
+
+
+Event = NewTokens | PromptScores | ChoiceEnded | Ended
 
 
 class Dispatcher(Protocol):
-    def generate(self, prompt: Prompt) -> AsyncGenerator[NewTokens | Ended, None]:
-        """Yields NewTokens as they come and one Ended last. Raises Refused, before or in the middle.
+    def generate(self, prompt: Prompt) -> AsyncGenerator[Event, None]:
+        """Yields NewTokens (and the rest) as they come and one Ended last. Raises Refused, before or in the middle.
 
         Closing the generator early (`aclose`, cancellation) cancels the request everywhere.
         """

@@ -14,8 +14,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engine.api import Logprobs
 from router.account import Account
-from router.answer import Answer, TextDelta, TextEnd
+from router.answer import Answer, ChoiceEnd, TextDelta, TextEnd, TextEvent, TextPrompt
 from router.call import (
     ContextLengthExceeded,
     GenerateCall,
@@ -26,10 +27,20 @@ from router.call import (
     prompt_param,
     sampling_params,
 )
-from router.dispatch_api import Dispatcher, NewTokens, Prompt, RefusalKind, Refused
+from router.dispatch_api import Dispatcher, Ended, Prompt, PromptScores, RefusalKind, Refused
 from router.text import ChatTemplateError, StopMatcher, TextCodec
 
-__all__ = ["ContextLengthExceeded", "GenerateCall", "Generation", "ModelInfo", "TextDelta", "TextEnd"]
+__all__ = [
+    "ChoiceEnd",
+    "ContextLengthExceeded",
+    "GenerateCall",
+    "Generation",
+    "ModelInfo",
+    "TextDelta",
+    "TextEnd",
+    "TextEvent",
+    "TextPrompt",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +74,69 @@ class Generation:
     def ready(self) -> bool:
         return self._dispatcher.ready
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[TextDelta | TextEnd, None]:
-        """Yields TextDelta as tokens come and one TextEnd last; raises Refused, before or in the middle.
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[TextEvent, None]:
+        """Yields TextPrompt if asked for, TextDelta as tokens come, a ChoiceEnd for each choice but the last, and one
+        TextEnd; raises Refused, before or in the middle.
 
         Closing the generator early cancels the request.
         """
         with Account(call.request_id, self._on_end) as account:
             prompt = replace(await self.prepare(call), account=account)
             account.request_id, account.prompt_tokens = prompt.request_id, len(prompt.tokens)
-            answer = Answer(
-                self._codec.detokenizer(prompt.tokens),
-                StopMatcher(call.stop) if call.stop else None,
-                prompt.sampling,
-            )
-            end = TextEnd("stop", "", len(prompt.tokens), 0, prompt.request_id)
+            choices = [self._answer(call, prompt, choice) for choice in range(prompt.n)]
+            told = None if call.echo or call.prompt_logprobs is not None else Logprobs()
+            scores = Logprobs()
+            end = TextEnd(len(prompt.tokens), prompt.request_id)
             async with aclosing(self._dispatcher.generate(prompt)) as events:
                 async for event in events:
-                    if isinstance(event, NewTokens):
-                        yield answer.add(event)
-                        if answer.stopped:
-                            break
-                    else:
-                        end.text = answer.flush()
-                        end.reason = "stop" if answer.stopped else event.reason
+                    if isinstance(event, PromptScores):
+                        scores.extend(event.logprobs)
+                        continue
+                    if told is None:
+                        told = scores
+                        yield self._told_prompt(call, prompt, scores)
+                    if isinstance(event, Ended):
                         end.trace, end.decode_worker, end.decision = (
                             event.trace,
                             event.decode_worker,
                             event.decision,
                         )
+                    for new in choices[event.choice].take(event):
+                        if isinstance(new, ChoiceEnd):
+                            end.choices.append(new)
+                        if len(end.choices) < prompt.n or isinstance(new, TextDelta):
+                            yield new
+                    if len(end.choices) == prompt.n:
                         break
                 else:
                     raise Refused(RefusalKind.INTERNAL, "the token stream broke off without an end")
             # The dispatcher's generator is closed by now: after a stop string, the cancel is on its way.
-            end.completion_tokens = account.generated_tokens = answer.tokens
+            account.generated_tokens = end.completion_tokens
             account.outcome = end.reason
             yield end
+
+    def _answer(self, call: GenerateCall, prompt: Prompt, choice: int) -> Answer:
+        return Answer(
+            self._codec.detokenizer(prompt.tokens),
+            StopMatcher(call.stop) if call.stop else None,
+            prompt.sampling,
+            choice,
+        )
+
+    def _told_prompt(self, call: GenerateCall, prompt: Prompt, scores: Logprobs) -> TextPrompt:
+        if call.prompt_logprobs is not None and len(scores.chosen) != len(prompt.tokens) - 1:
+            raise Refused(
+                RefusalKind.INTERNAL,
+                f"log-probabilities of {len(scores.chosen)} of {len(prompt.tokens) - 1} prompt tokens came",
+            )
+        text = ""
+        if call.echo:
+            text = self._codec.decode(prompt.tokens) if call.text is None else call.text
+        return TextPrompt(prompt.tokens, text, scores if call.prompt_logprobs is not None else None)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token stands for, special tokens as they are written; for log-probabilities."""
+        return self._codec.token_bytes(token_id)
 
     async def prepare(self, call: GenerateCall) -> Prompt:
         """Validates and tokenizes. Raises Refused (INVALID or NOT_FOUND) naming the field."""
@@ -118,6 +157,7 @@ class Generation:
             tokens=tokens,
             sampling=sampling_params(call, self._codec.defaults, self._codec.eos_ids, seed, max_tokens),
             salt=call.salt,
+            n=call.n or 1,
         )
 
     async def _tokens(self, call: GenerateCall) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, NoReturn
 
@@ -22,13 +22,14 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from baton.v1 import inference_pb2, inference_pb2_grpc
-from engine.api import Trace
+from engine.api import Logprobs, Trace
 from router.dispatch_api import RefusalKind, Refused
-from router.generation import GenerateCall, Generation, TextDelta, TextEnd
+from router.generation import GenerateCall, Generation, TextDelta, TextEnd, TextPrompt
 
 log = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = "baton.v1.Inference"
+PROMPT_PIECE = 1024  # tokens of an echoed prompt in one message
 _WATCH_INTERVAL_S = 0.2
 
 # grpc-stubs lag behind grpc.aio, so contexts are not typed.
@@ -73,9 +74,15 @@ class InferenceDoor(inference_pb2_grpc.InferenceServicer):
                         tokens.first_index = event.first_index
                         tokens.ids[:] = event.ids
                         tokens.text = event.text
+                        tokens.choice = event.choice
+                        if event.logprobs is not None:
+                            tokens.logprobs.CopyFrom(_logprobs(event.logprobs))
                         await context.write(response)
-                    else:
+                    elif isinstance(event, TextEnd):
                         await context.write(_finished(event))
+                    elif isinstance(event, TextPrompt):
+                        for piece in _prompt_pieces(event):
+                            await context.write(piece)
         except Refused as refused:
             refusal = refused
         except Exception as error:
@@ -160,18 +167,50 @@ def _call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         frequency_penalty=sampling.frequency_penalty if given("frequency_penalty") else None,
         logit_bias=dict(sampling.logit_bias),
         min_tokens=sampling.min_tokens if given("min_tokens") else None,
+        logprobs=sampling.logprobs if given("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if given("prompt_logprobs") else None,
+        n=sampling.n if given("n") else None,
+        echo=sampling.echo,
     )
 
 
+def _prompt_pieces(prompt: TextPrompt) -> Iterator[inference_pb2.GenerateResponse]:
+    """The prompt in messages of a bounded size."""
+    scores = prompt.logprobs
+    for start in range(0, len(prompt.ids), PROMPT_PIECE):
+        end = start + PROMPT_PIECE
+        piece = inference_pb2.Prompt(first_index=start, ids=prompt.ids[start:end])
+        if not start:
+            piece.text = prompt.text
+        if scores is not None:
+            # They begin with the second token of the prompt.
+            piece.logprobs.CopyFrom(_logprobs(scores.part(max(0, start - 1), end - 1)))
+        yield inference_pb2.GenerateResponse(prompt=piece)
+
+
+def _logprobs(found: Logprobs) -> inference_pb2.Logprobs:
+    return inference_pb2.Logprobs(chosen=found.chosen, top_ids=found.top_ids, top=found.top)
+
+
 def _finished(end: TextEnd) -> inference_pb2.GenerateResponse:
+    choices = sorted(end.choices, key=lambda choice: choice.choice)
     return inference_pb2.GenerateResponse(
         finished=inference_pb2.Finished(
-            reason=end.reason,
+            reason=choices[0].reason,
             request_id=end.request_id,
             prompt_tokens=end.prompt_tokens,
             completion_tokens=end.completion_tokens,
             trace=None if end.trace is None else _trace(end.trace, end.decode_worker, end.decision),
-            text=end.text,
+            text=choices[0].text,
+            choices=[
+                inference_pb2.Choice(
+                    index=choice.choice,
+                    reason=choice.reason,
+                    text=choice.text,
+                    completion_tokens=choice.completion_tokens,
+                )
+                for choice in choices
+            ],
         )
     )
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import msgspec
 
+from engine.api import Logprobs
 from router.dispatch_api import RefusalKind, Refused
-from router.generation import ContextLengthExceeded, TextDelta, TextEnd
+from router.generation import ChoiceEnd, ContextLengthExceeded, TextDelta, TextEnd, TextEvent, TextPrompt
+from router.http_logprobs import ChoiceLogprobs, TokenBytes, prompt_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
@@ -30,27 +32,64 @@ _ERROR_TYPES = {
 
 @dataclass(slots=True)
 class Choice:
-    """One prompt's answer while it is collected."""
+    """One answer while it is collected."""
 
     parts: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    end: TextEnd | None = None
+    logprobs: Logprobs = field(default_factory=Logprobs)
+    reason: str = ""
 
-    def add(self, event: TextDelta | TextEnd) -> None:
-        self.parts.append(event.text)
-        if isinstance(event, TextDelta):
-            self.ids.extend(event.ids)
+
+class Collected:
+    """The `n` choices of one call while they are collected."""
+
+    def __init__(self, n: int) -> None:
+        self.choices = [Choice() for _ in range(n)]
+        self.prompt: TextPrompt | None = None
+        self.end: TextEnd | None = None
+
+    def add(self, event: TextEvent) -> None:
+        if isinstance(event, TextPrompt):
+            self.prompt = event
+        elif isinstance(event, TextDelta):
+            choice = self.choices[event.choice]
+            choice.parts.append(event.text)
+            choice.ids.extend(event.ids)
+            if event.logprobs is not None:
+                choice.logprobs.extend(event.logprobs)
+        elif isinstance(event, ChoiceEnd):
+            self._ended(event)
         else:
+            self._ended(event.choices[-1])
             self.end = event
+
+    def _ended(self, end: ChoiceEnd) -> None:
+        self.choices[end.choice].parts.append(end.text)
+        self.choices[end.choice].reason = end.reason
 
 
 class Answers:
-    """Encodes the answers of one call. `chat`: as chat.completion, otherwise as text_completion."""
+    """Encodes the answers of one call. `chat`: as chat.completion, otherwise as text_completion.
+
+    A call has as many choices as prompts times `n`, those of one prompt together.
+    """
 
     def __init__(
-        self, *, chat: bool, request_id: str, model: str, created: int, with_ids: bool, with_usage: bool
+        self,
+        *,
+        chat: bool,
+        request_id: str,
+        model: str,
+        created: int,
+        with_ids: bool,
+        with_usage: bool,
+        with_logprobs: bool,
+        token_bytes: TokenBytes,
     ) -> None:
         self._chat = chat
+        self._with_logprobs = with_logprobs
+        self._token_bytes = token_bytes
+        self._logprobs: dict[int, ChoiceLogprobs] = {}  # by choice
         self._with_ids = with_ids
         self._usage_in_chunks = b',"usage":null' if with_usage else b""
         self._head = {
@@ -68,46 +107,68 @@ class Answers:
             return b""
         return self._chunk(index, b'"delta":{"role":"assistant","content":""},"logprobs":null', b"null")
 
+    def prompt(self, index: int, prompt: TextPrompt) -> bytes:
+        """The echoed prompt in front of a choice."""
+        if not prompt.text:
+            return b""
+        ids = b',"token_ids":[]' if self._with_ids else b""
+        logprobs = self._tell(index, prompt.ids, prompt.logprobs)
+        return self._chunk(index, self._text(prompt.text, logprobs) + ids, b"null")
+
     def delta(self, index: int, delta: TextDelta) -> bytes:
         """One event of the stream. Empty when there is nothing to tell yet."""
-        if not delta.text and not self._with_ids:
+        if not delta.text and not self._with_ids and delta.logprobs is None:
             return b""
         ids = b',"token_ids":' + _encode(delta.ids) if self._with_ids else b""
-        return self._chunk(index, self._text(delta.text) + ids, b"null")
+        logprobs = b"null" if delta.logprobs is None else self._tell(index, delta.ids, delta.logprobs)
+        return self._chunk(index, self._text(delta.text, logprobs) + ids, b"null")
 
-    def end(self, index: int, end: TextEnd) -> bytes:
-        """The event that ends a choice, with its reason and its trace."""
+    def end(self, index: int, choice: ChoiceEnd, end: TextEnd | None) -> bytes:
+        """The event that ends a choice, with its reason; the last of a prompt with the trace."""
         ids = b',"token_ids":[]' if self._with_ids else b""
-        more = b',"baton":' + _encode(baton(end))
-        if not self._chat or end.text:
-            content = self._text(end.text)
+        more = b"" if end is None else b',"baton":' + _encode(baton(end))
+        if not self._chat or choice.text:
+            content = self._text(choice.text)
         else:
             content = b'"delta":{},"logprobs":null'
-        return self._chunk(index, content + ids, _encode(end.reason), more)
+        return self._chunk(index, content + ids, _encode(choice.reason), more)
 
     def usage(self, ends: Sequence[TextEnd]) -> bytes:
         """The last event when usage was asked for: no choices."""
         return self._chunk_head + b',"choices":[],"usage":' + _encode(usage(ends)) + b"}\n\n"
 
-    def whole(self, choices: Sequence[Choice]) -> bytes:
+    def whole(self, calls: Sequence[Collected]) -> bytes:
         """The answer to a call that does not stream. With several prompts, each choice has its own `baton`."""
-        ends = [choice.end for choice in choices if choice.end is not None]
+        ends = [call.end for call in calls if call.end is not None]
         body: dict[str, Any] = {
             **self._head,
             "object": "chat.completion" if self._chat else "text_completion",
         }
-        body["choices"] = [self._choice(index, choice, ends[index]) for index, choice in enumerate(choices)]
+        told: list[dict[str, Any]] = []
+        for call, end in zip(calls, ends, strict=True):
+            for choice in call.choices:
+                told.append(self._choice(len(told), choice, call.prompt))
+                if len(ends) > 1:
+                    told[-1]["baton"] = baton(end)
+        body["choices"] = told
         body["usage"] = usage(ends)
         if len(ends) == 1:
             body["baton"] = baton(ends[0])
-        else:
-            for choice, end in zip(body["choices"], ends, strict=True):
-                choice["baton"] = baton(end)
         return _encode(body)
 
-    def _choice(self, index: int, choice: Choice, end: TextEnd) -> dict[str, Any]:
+    def _choice(self, index: int, choice: Choice, prompt: TextPrompt | None) -> dict[str, Any]:
         text = "".join(choice.parts)
-        told: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": end.reason}
+        told: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": choice.reason}
+        ids, logprobs = choice.ids, choice.logprobs
+        if prompt is not None:
+            text = prompt.text + text
+            if prompt.logprobs is not None:
+                told["prompt_logprobs"] = prompt_logprobs(self._token_bytes, prompt.ids, prompt.logprobs)
+            if prompt.text and prompt.logprobs is not None and self._with_logprobs:
+                ids, logprobs = prompt.ids + ids, prompt.logprobs.part(0, len(prompt.ids) - 1)
+                logprobs.extend(choice.logprobs)
+        if self._with_logprobs:
+            told["logprobs"] = self._of(index).tell(ids, logprobs)
         if self._chat:
             told["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
@@ -116,10 +177,18 @@ class Answers:
             told["token_ids"] = choice.ids
         return told
 
-    def _text(self, text: str) -> bytes:
+    def _of(self, index: int) -> ChoiceLogprobs:
+        return self._logprobs.setdefault(index, ChoiceLogprobs(self._token_bytes, chat=self._chat))
+
+    def _tell(self, index: int, ids: list[int], logprobs: Logprobs | None) -> bytes:
+        if logprobs is None or not self._with_logprobs:
+            return b"null"
+        return _encode(self._of(index).tell(ids, logprobs))
+
+    def _text(self, text: str, logprobs: bytes = b"null") -> bytes:
         if self._chat:
-            return b'"delta":{"content":' + _encode(text) + b'},"logprobs":null'
-        return b'"text":' + _encode(text) + b',"logprobs":null'
+            return b'"delta":{"content":' + _encode(text) + b'},"logprobs":' + logprobs
+        return b'"text":' + _encode(text) + b',"logprobs":' + logprobs
 
     def _chunk(self, index: int, content: bytes, reason: bytes, more: bytes = b"") -> bytes:
         return b'%b,"choices":[{"index":%d,%b,"finish_reason":%b}]%b%b}\n\n' % (

@@ -9,7 +9,7 @@ misspelt one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,8 +53,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
@@ -95,6 +93,7 @@ class _Body(BaseModel):
     max_tokens: Int | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[str] | None = None
+    n: Int | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     logit_bias: dict[int, Number] | None = None
@@ -103,6 +102,7 @@ class _Body(BaseModel):
     min_p: Number | None = None
     repetition_penalty: Number | None = None
     min_tokens: Int | None = None
+    prompt_logprobs: Int | None = None
     ignore_eos: Flag | None = None
     stop_token_ids: list[Int] | None = None
     return_token_ids: Flag | None = None
@@ -113,6 +113,8 @@ class _Body(BaseModel):
 
     def refuse_unsupported(self) -> None:
         """Raises Refused naming a field that would change the answer, or that is not known at all."""
+        if self.prompt_logprobs is not None and self.stream:
+            raise _refused("prompt_logprobs are not told in a stream", "prompt_logprobs")
         for field, value in (self.model_extra or {}).items():
             if field in _HARMLESS or value is None:
                 continue
@@ -139,6 +141,8 @@ class _Body(BaseModel):
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias or {},
             min_tokens=self.min_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+            n=self.n,
         )
 
 
@@ -148,6 +152,9 @@ class CompletionBody(_Body):
     name = "completion"
 
     prompt: str | list[Int] | list[str] | list[list[Int]]
+    # How many of the likeliest; false, which asks for nothing, is what the chat API says.
+    logprobs: Int | Literal[False] | None = None
+    echo: Flag | None = None
 
     def calls(self, request_id: str) -> list[GenerateCall]:
         """One call for each prompt; several prompts get the request's id with a number."""
@@ -168,6 +175,11 @@ class CompletionBody(_Body):
         for index, prompt in enumerate(prompts):
             call = self._call(request_id if len(prompts) == 1 else f"{request_id}-{index}")
             call.default_max_tokens = COMPLETION_MAX_TOKENS
+            call.echo = bool(self.echo)
+            if self.logprobs is not None and self.logprobs is not False:
+                call.logprobs = self.logprobs
+                if self.echo and call.prompt_logprobs is None:
+                    call.prompt_logprobs = self.logprobs
             if isinstance(prompt, str):
                 call.text = prompt
             else:
@@ -209,12 +221,18 @@ class ChatBody(_Body):
 
     messages: list[Message]
     max_completion_tokens: Int | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Int | None = None
 
     def calls(self, request_id: str) -> list[GenerateCall]:
         call = self._call(request_id)
         call.messages = [message.plain() for message in self.messages]
         if self.max_completion_tokens is not None:  # the newer name of the same limit
             call.max_tokens = self.max_completion_tokens
+        if self.top_logprobs is not None and not self.logprobs and self.top_logprobs != 0:
+            raise _refused("top_logprobs needs logprobs to be true", "top_logprobs")
+        if self.logprobs:
+            call.logprobs = self.top_logprobs or 0
         return [call]
 
 

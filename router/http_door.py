@@ -25,9 +25,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from router.call import MAX_CHOICES
 from router.dispatch_api import RefusalKind, Refused
-from router.generation import GenerateCall, Generation, TextDelta, TextEnd
-from router.http_answers import DONE, Answers, Choice, error_body, error_json
+from router.generation import ChoiceEnd, GenerateCall, Generation, TextDelta, TextEnd, TextEvent, TextPrompt
+from router.http_answers import DONE, Answers, Collected, error_body, error_json
 from router.http_bodies import ChatBody, CompletionBody, parse
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
 BODY_TIMEOUT_S = 60.0
 
-Event = TextDelta | TextEnd
 Result = TypeVar("Result")
 
 
@@ -120,12 +120,14 @@ class _Door:
                 created=int(time.time()),
                 with_ids=bool(body.return_token_ids),
                 with_usage=body.include_usage,
+                with_logprobs=calls[0].logprobs is not None,
+                token_bytes=self._generation.token_bytes,
             )
             if not body.stream:
-                choices = await _while_connected(request.receive, self._collect(calls))
-                return _json(answers.whole(choices), headers=headers)
-            events = self._events(calls)
-            return _EventStream(answers, events, len(calls), body.include_usage, headers)
+                collected = await _while_connected(request.receive, self._collect(calls))
+                return _json(answers.whole(collected), headers=headers)
+            n = [call.n or 1 for call in calls]
+            return _EventStream(answers, self._events(calls), n, body.include_usage, headers)
         except _Unacceptable as error:
             return _error(error.status, str(error), headers)
         except ClientDisconnect:
@@ -150,14 +152,15 @@ class _Door:
             raise _Unacceptable(HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive in time") from None
         return b"".join(parts)
 
-    async def _collect(self, calls: list[GenerateCall]) -> list[Choice]:
-        choices = [Choice() for _ in calls]
+    async def _collect(self, calls: list[GenerateCall]) -> list[Collected]:
+        # A number that is out of bounds is refused before anything is collected.
+        collected = [Collected(call.n if call.n and 0 < call.n <= MAX_CHOICES else 1) for call in calls]
         async with aclosing(self._events(calls)) as events:
             async for index, event in events:
-                choices[index].add(event)
-        return choices
+                collected[index].add(event)
+        return collected
 
-    async def _events(self, calls: list[GenerateCall]) -> AsyncGenerator[tuple[int, Event], None]:
+    async def _events(self, calls: list[GenerateCall]) -> AsyncGenerator[tuple[int, TextEvent], None]:
         """The events of all calls as they come, with the number of their call. One refusal ends them all."""
         if len(calls) == 1:
             async with aclosing(self._generation.generate(calls[0])) as events:
@@ -165,7 +168,7 @@ class _Door:
                     yield 0, event
             return
         # A queue as long as the list is wide: a client that reads slowly holds up the workers' streams, not memory.
-        queue: asyncio.Queue[tuple[int, Event] | BaseException] = asyncio.Queue(maxsize=len(calls))
+        queue: asyncio.Queue[tuple[int, TextEvent] | BaseException] = asyncio.Queue(maxsize=len(calls))
         tasks = [asyncio.create_task(self._pump(index, call, queue)) for index, call in enumerate(calls)]
         try:
             running = len(tasks)
@@ -181,7 +184,7 @@ class _Door:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _pump(
-        self, index: int, call: GenerateCall, queue: asyncio.Queue[tuple[int, Event] | BaseException]
+        self, index: int, call: GenerateCall, queue: asyncio.Queue[tuple[int, TextEvent] | BaseException]
     ) -> None:
         try:
             async with aclosing(self._generation.generate(call)) as events:
@@ -197,8 +200,8 @@ class _EventStream(Response):
     def __init__(
         self,
         answers: Answers,
-        events: AsyncGenerator[tuple[int, Event], None],
-        choices: int,
+        events: AsyncGenerator[tuple[int, TextEvent], None],
+        n: list[int],
         with_usage: bool,
         headers: dict[str, str],
     ) -> None:
@@ -207,7 +210,7 @@ class _EventStream(Response):
         self.init_headers({**headers, "Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         self._answers = answers
         self._events = events
-        self._choices = choices
+        self._n = n  # choices of each call
         self._with_usage = with_usage
         self._extra_headers = headers
 
@@ -227,12 +230,12 @@ class _EventStream(Response):
                 return
             start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             await send(start)
-            await _send_part(send, b"".join(self._answers.role(index) for index in range(self._choices)))
+            await _send_part(send, b"".join(self._answers.role(index) for index in range(sum(self._n))))
             await self._send_events(first, events, send)
             await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
     async def _send_events(
-        self, first: tuple[int, Event], events: AsyncGenerator[tuple[int, Event], None], send: Send
+        self, first: tuple[int, TextEvent], events: AsyncGenerator[tuple[int, TextEvent], None], send: Send
     ) -> None:
         answers = self._answers
         ends: list[TextEnd] = []
@@ -250,11 +253,17 @@ class _EventStream(Response):
         if self._with_usage:
             await _send_part(send, answers.usage(ends))
 
-    def _encoded(self, index: int, event: Event, ends: list[TextEnd]) -> bytes:
+    def _encoded(self, call: int, event: TextEvent, ends: list[TextEnd]) -> bytes:
+        first = call * self._n[0]  # choice of this call: all calls of a request have as many
         if isinstance(event, TextDelta):
-            return self._answers.delta(index, event)
+            return self._answers.delta(first + event.choice, event)
+        if isinstance(event, TextPrompt):
+            return b"".join(self._answers.prompt(first + choice, event) for choice in range(self._n[call]))
+        if isinstance(event, ChoiceEnd):
+            return self._answers.end(first + event.choice, event, None)
         ends.append(event)
-        return self._answers.end(index, event)
+        last = event.choices[-1]
+        return self._answers.end(first + last.choice, last, event)
 
 
 async def _send_part(send: Send, part: bytes) -> None:

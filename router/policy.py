@@ -26,6 +26,7 @@ class Ask:
     uncached_tokens: int
     local_below_tokens: int
     max_prefill_waiting: int
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,14 @@ class NoWorker(Exception):
 
 
 Policy = Callable[[Ask, View, float], Decision]
+
+
+def choose(policy: Policy, ask: Ask, view: View, now: float) -> Decision:
+    """The policy's decision, or what no policy can decide otherwise."""
+    if ask.prompt_logprobs:
+        reason = "local: log-probabilities of the prompt need the logits of all its tokens here"
+        return Decision(_least_loaded(view.decode), None, reason, ask.local_below_tokens, "prompt_logprobs")
+    return policy(ask, view, now)
 
 
 def threshold(ask: Ask, view: View, now: float) -> Decision:

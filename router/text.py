@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from router.chat import ChatTemplate, ChatTemplateError
-from router.detokenizer import IncrementalDetokenizer, detokenizers, is_byte_level
+from router.detokenizer import IncrementalDetokenizer, detokenizers, is_byte_level, token_bytes
 from router.stop import StopMatcher
 
 __all__ = [
@@ -71,6 +71,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._make_detokenizer: Callable[[Iterable[int]], IncrementalDetokenizer] = detokenizers(tokenizer)
+        self._token_bytes = token_bytes(tokenizer)
         self._chars_per_token = _longest_token(tokenizer)
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
@@ -124,6 +125,16 @@ class TextCodec:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of all ids together, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, special ones as they are written; empty for an id without a token.
+
+        Where tokens are runs of bytes these are the very bytes, perhaps a part of a character.
+        """
+        if self._token_bytes is None:
+            return str(self._tokenizer.decode([token_id], skip_special_tokens=False)).encode()
+        found = self._token_bytes[token_id]
+        return found or (self._tokenizer.id_to_token(token_id) or "").encode()
 
     def longest_text(self, tokens: int) -> int | None:
         """How many characters `tokens` tokens can stand for at most; None when the tokenizer sets no such bound.

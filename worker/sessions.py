@@ -12,7 +12,19 @@ from typing import Any
 
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
-from engine.api import Cancel, Load, RequestEnd, RequestKey, SamplingParams, StepOutput, Submit, Trace
+from engine.api import (
+    Cancel,
+    Load,
+    Logprobs,
+    PromptEntry,
+    RequestEnd,
+    RequestKey,
+    SamplingParams,
+    StepOutput,
+    Submit,
+    TokenEntry,
+    Trace,
+)
 from worker.messages import SessionLost, ToEngine
 from worker.spec import WorkerSpec
 
@@ -23,20 +35,36 @@ class SessionOutbox:
     def __init__(self, number: int) -> None:
         self.number = number
         self._wake = asyncio.Event()
-        self._tokens: dict[tuple[int, int], pb.TokenEntry] = {}
+        self._tokens: dict[tuple[int, int, int], pb.TokenEntry] = {}
+        self._prompts: list[pb.PromptEntry] = []
         self._ends: list[pb.RequestEnd] = []
         self._status: api.WorkerStatus | None = None
         self._step = 0
 
-    def add_tokens(self, step: int, request: RequestKey, first_index: int, ids: list[int]) -> None:
-        entry = self._tokens.get((request.key, request.attempt))
+    def add_tokens(self, step: int, new: TokenEntry) -> None:
+        request = new.request
+        place = (request.key, request.attempt, new.choice)
+        entry = self._tokens.get(place)
         if entry is None:
-            self._tokens[request.key, request.attempt] = pb.TokenEntry(
-                key=request.key, attempt=request.attempt, first_index=first_index, ids=ids
+            entry = self._tokens[place] = pb.TokenEntry(
+                key=request.key,
+                attempt=request.attempt,
+                first_index=new.first_index,
+                ids=new.ids,
+                choice=new.choice,
             )
         else:
-            entry.ids.extend(ids)
+            entry.ids.extend(new.ids)
+        if new.logprobs is not None:
+            _extend(entry.logprobs, new.logprobs)
         self._step = step
+        self._wake.set()
+
+    def add_prompt(self, new: PromptEntry) -> None:
+        request = new.request
+        entry = pb.PromptEntry(key=request.key, attempt=request.attempt, first_index=new.first_index)
+        _extend(entry.logprobs, new.logprobs)
+        self._prompts.append(entry)
         self._wake.set()
 
     def add_end(self, end: RequestEnd) -> None:
@@ -44,7 +72,13 @@ class SessionOutbox:
         request = end.request
         self._ends.append(
             pb.RequestEnd(
-                key=request.key, attempt=request.attempt, reason=end.reason, detail=end.detail, trace=trace
+                key=request.key,
+                attempt=request.attempt,
+                reason=end.reason,
+                detail=end.detail,
+                trace=trace,
+                choice=end.choice,
+                more=end.more,
             )
         )
         self._wake.set()
@@ -59,9 +93,14 @@ class SessionOutbox:
         await self._wake.wait()
         self._wake.clear()
         message = pb.FromWorker(
-            step=self._step, tokens=self._tokens.values(), ends=self._ends, status=self._status
+            step=self._step,
+            tokens=self._tokens.values(),
+            ends=self._ends,
+            status=self._status,
+            prompts=self._prompts,
         )
         self._tokens.clear()
+        self._prompts.clear()
         self._ends.clear()
         self._status = None
         return message
@@ -123,16 +162,21 @@ class WorkerService:
                 prefill_worker=submit.prefill_worker,
                 local_below_tokens=submit.local_below_tokens,
                 salt=submit.salt,
+                n=submit.n or 1,
             )
         )
 
     # ---- from the engine ---------------------------------------------------------------------------------------
 
     def step_output(self, output: StepOutput) -> None:
+        for prompt in output.prompts:
+            session = self._sessions.get(prompt.request.session)
+            if session is not None:
+                session.add_prompt(prompt)
         for entry in output.tokens:
             session = self._sessions.get(entry.request.session)
             if session is not None:
-                session.add_tokens(output.step, entry.request, entry.first_index, entry.ids)
+                session.add_tokens(output.step, entry)
         for end in output.ends:
             self.request_end(end)
 
@@ -209,7 +253,15 @@ def _sampling(sampling: pb.EngineSampling) -> SamplingParams:
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=tuple(zip(sampling.bias_ids, sampling.bias, strict=True)),
         min_tokens=sampling.min_tokens,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
+
+
+def _extend(message: api.Logprobs, more: Logprobs) -> None:
+    message.chosen.extend(more.chosen)
+    message.top_ids.extend(more.top_ids)
+    message.top.extend(more.top)
 
 
 def _trace(trace: Trace) -> api.Trace:

@@ -48,7 +48,7 @@ class ToWorker(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "request_id", "attempt", "prompt", "sampling", "prefill_worker", "local_below_tokens", "salt")
+    __slots__ = ("key", "request_id", "attempt", "prompt", "sampling", "prefill_worker", "local_below_tokens", "salt", "n")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class Submit(_message.Message):
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     LOCAL_BELOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
+    N_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
     attempt: int
@@ -65,10 +66,11 @@ class Submit(_message.Message):
     prefill_worker: str
     local_below_tokens: int
     salt: str
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., local_below_tokens: _Optional[int] = ..., salt: _Optional[str] = ...) -> None: ...
+    n: int
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., local_below_tokens: _Optional[int] = ..., salt: _Optional[str] = ..., n: _Optional[int] = ...) -> None: ...
 
 class EngineSampling(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "seed", "max_tokens", "stop_token_ids", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_ids", "bias", "min_tokens", "choice")
+    __slots__ = ("temperature", "top_k", "top_p", "seed", "max_tokens", "stop_token_ids", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_ids", "bias", "min_tokens", "choice", "logprobs", "prompt_logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +85,8 @@ class EngineSampling(_message.Message):
     BIAS_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -97,7 +101,9 @@ class EngineSampling(_message.Message):
     bias: _containers.RepeatedScalarFieldContainer[float]
     min_tokens: int
     choice: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias: _Optional[_Iterable[float]] = ..., min_tokens: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
+    logprobs: int
+    prompt_logprobs: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias: _Optional[_Iterable[float]] = ..., min_tokens: _Optional[int] = ..., choice: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("key", "attempt")
@@ -108,42 +114,64 @@ class Cancel(_message.Message):
     def __init__(self, key: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class FromWorker(_message.Message):
-    __slots__ = ("step", "tokens", "ends", "status")
+    __slots__ = ("step", "tokens", "ends", "status", "prompts")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDS_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
     step: int
     tokens: _containers.RepeatedCompositeFieldContainer[TokenEntry]
     ends: _containers.RepeatedCompositeFieldContainer[RequestEnd]
     status: _inference_pb2.WorkerStatus
-    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[TokenEntry, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[RequestEnd, _Mapping]]] = ..., status: _Optional[_Union[_inference_pb2.WorkerStatus, _Mapping]] = ...) -> None: ...
+    prompts: _containers.RepeatedCompositeFieldContainer[PromptEntry]
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[TokenEntry, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[RequestEnd, _Mapping]]] = ..., status: _Optional[_Union[_inference_pb2.WorkerStatus, _Mapping]] = ..., prompts: _Optional[_Iterable[_Union[PromptEntry, _Mapping]]] = ...) -> None: ...
+
+class PromptEntry(_message.Message):
+    __slots__ = ("key", "attempt", "first_index", "logprobs")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    attempt: int
+    first_index: int
+    logprobs: _inference_pb2.Logprobs
+    def __init__(self, key: _Optional[int] = ..., attempt: _Optional[int] = ..., first_index: _Optional[int] = ..., logprobs: _Optional[_Union[_inference_pb2.Logprobs, _Mapping]] = ...) -> None: ...
 
 class TokenEntry(_message.Message):
-    __slots__ = ("key", "attempt", "first_index", "ids")
+    __slots__ = ("key", "attempt", "first_index", "ids", "choice", "logprobs")
     KEY_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     key: int
     attempt: int
     first_index: int
     ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, key: _Optional[int] = ..., attempt: _Optional[int] = ..., first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    choice: int
+    logprobs: _inference_pb2.Logprobs
+    def __init__(self, key: _Optional[int] = ..., attempt: _Optional[int] = ..., first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., choice: _Optional[int] = ..., logprobs: _Optional[_Union[_inference_pb2.Logprobs, _Mapping]] = ...) -> None: ...
 
 class RequestEnd(_message.Message):
-    __slots__ = ("key", "attempt", "reason", "detail", "trace")
+    __slots__ = ("key", "attempt", "reason", "detail", "trace", "choice", "more")
     KEY_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     key: int
     attempt: int
     reason: str
     detail: str
     trace: _inference_pb2.Trace
-    def __init__(self, key: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., trace: _Optional[_Union[_inference_pb2.Trace, _Mapping]] = ...) -> None: ...
+    choice: int
+    more: int
+    def __init__(self, key: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., trace: _Optional[_Union[_inference_pb2.Trace, _Mapping]] = ..., choice: _Optional[int] = ..., more: _Optional[int] = ...) -> None: ...
 
 class Control(_message.Message):
     __slots__ = ("hello", "begin", "credit", "abort", "chunk_done", "done", "failed", "quiet", "linked")

@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from engine.api import Trace
-from router.dispatch_api import Ended, NewTokens, Prompt, Refused
+from engine.api import Logprobs, Trace
+from router.dispatch_api import ChoiceEnded, Ended, Event, NewTokens, Prompt, PromptScores, Refused
 from router.generation import Generation
 from router.text import TextCodec
 
@@ -87,18 +87,30 @@ class EchoDispatcher:
             prefilled="remote", prefill_worker="prefill-0", cached_tokens=3, handoff_bytes=4096
         )
 
-    async def generate(self, prompt: Prompt) -> AsyncGenerator[NewTokens | Ended, None]:
+    async def generate(self, prompt: Prompt) -> AsyncGenerator[Event, None]:
         self.prompts.append(prompt)
         if self.refusal is not None and self.refuse_at is None:
             raise self.refusal
         self.active += 1
         ended = False
         try:
-            ids, reason = _answer(self.script(prompt), prompt)
-            for start in range(0, len(ids), self.piece):
+            answers = [_answer(self.script(prompt)[choice:], prompt) for choice in range(prompt.n)]
+            if prompt.sampling.prompt_logprobs is not None:
+                top = prompt.sampling.prompt_logprobs
+                for start in range(1, len(prompt.tokens), 5):
+                    yield PromptScores(start, made_up(prompt.tokens[start : start + 5], top))
+            top = prompt.sampling.logprobs
+            for start in range(0, max(len(ids) for ids, _ in answers), self.piece):
                 await self._obstacles(start)
                 self.given += 1
-                yield NewTokens(start, ids[start : start + self.piece])
+                for choice, (ids, reason) in enumerate(answers):
+                    piece = ids[start : start + self.piece]
+                    if piece:
+                        logprobs = None if top is None else made_up(piece, top)
+                        yield NewTokens(start, piece, choice, logprobs)
+                    if choice and len(piece) and start + self.piece >= len(ids):
+                        yield ChoiceEnded(choice, reason)
+            ids, reason = answers[0]
             await self._obstacles(len(ids))
             ended = True
             yield Ended(reason, self.trace, "decode-0", "remote: 9 uncached >= 4")
@@ -117,6 +129,12 @@ class EchoDispatcher:
         if self.refusal is not None and self.refuse_at is not None and at >= self.refuse_at:
             raise self.refusal
         await asyncio.sleep(self.delay_s)
+
+
+def made_up(ids: list[int], top: int) -> Logprobs:
+    """Log-probabilities that tell their token: -id / 1000; the likeliest are the token itself and those after it."""
+    others = [(token + other) % VOCAB_SIZE for token in ids for other in range(top)]
+    return Logprobs([-token / 1000 for token in ids], others, [-token / 1000 for token in others])
 
 
 def _answer(script: list[int], prompt: Prompt) -> tuple[list[int], str]:

@@ -24,12 +24,8 @@ from tests.router.http_client import MAX_BODY, TEXT, Served
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
         ("best_of", 2),
-        ("echo", True),
         ("suffix", "x"),
-        ("logprobs", 0),
-        ("logprobs", True),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
         ("max_token", 5),  # misspelt

@@ -31,9 +31,12 @@ def free_port() -> int:
 
 
 class RayNode:
-    """`ray start --head --block`. Use as a context; the folder's name is short, since Ray puts sockets below it."""
+    """`ray start --head --block`. Use as a context; the folder's name is short, since Ray puts sockets below it.
 
-    def __init__(self, *arguments: str, resources: str = "{}") -> None:
+    `python_path` is where its workers look for Baton, besides the working directory of a job.
+    """
+
+    def __init__(self, *arguments: str, resources: str = "{}", python_path: Path = CHECKOUT) -> None:
         self.mark = uuid.uuid4().hex
         self._folder = tempfile.TemporaryDirectory(prefix="bn-", dir="/tmp", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
@@ -46,7 +49,7 @@ class RayNode:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(self.folder),  # or it would write the machine's /tmp/ray/ray_current_cluster
-            "PYTHONPATH": str(CHECKOUT),
+            "PYTHONPATH": str(python_path),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         self.log = self.folder / "ray.log"

@@ -158,7 +158,7 @@ def sampling_params(
         repetition_penalty=defaults.repetition_penalty if repetition is None else repetition,
         presence_penalty=call.presence_penalty or 0.0,
         frequency_penalty=call.frequency_penalty or 0.0,
-        logit_bias=tuple(call.logit_bias.items()),
+        logit_bias=tuple(sorted(call.logit_bias.items())),
         seed=seed,
         max_tokens=max_tokens,
         min_tokens=min_tokens,

@@ -96,9 +96,9 @@ class EchoDispatcher:
         try:
             answers = [_answer(self.script(prompt)[choice:], prompt) for choice in range(prompt.n)]
             if prompt.sampling.prompt_logprobs is not None:
-                top = prompt.sampling.prompt_logprobs
                 for start in range(1, len(prompt.tokens), 5):
-                    yield PromptScores(start, made_up(prompt.tokens[start : start + 5], top))
+                    part = prompt.tokens[start : start + 5]
+                    yield PromptScores(start, made_up(part, prompt.sampling.prompt_logprobs))
             top = prompt.sampling.logprobs
             for start in range(0, max(len(ids) for ids, _ in answers), self.piece):
                 await self._obstacles(start)

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from router.dispatch_api import Prompt
+from router.generation import Generation
 from router.http_door import create_app
 from router.text import TextCodec
 from tests.router.echo import EchoDispatcher, make_generation, until
@@ -27,9 +28,15 @@ TEXT = "the quick brown 🙂 fox"
 
 class Served:
     def __init__(
-        self, dispatcher: EchoDispatcher, codec: TextCodec, port: int, http: httpx.AsyncClient
+        self,
+        dispatcher: EchoDispatcher,
+        generation: Generation,
+        codec: TextCodec,
+        port: int,
+        http: httpx.AsyncClient,
     ) -> None:
         self.dispatcher = dispatcher
+        self.generation = generation
         self.codec = codec
         self.port = port
         self.http = http
@@ -79,7 +86,7 @@ async def serving(tmp_path: Path) -> AsyncIterator[Served]:
     await server.startup()
     port = server.servers[0].sockets[0].getsockname()[1]
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, verify=False) as http:
-        one = Served(dispatcher, codec, port, http)
+        one = Served(dispatcher, generation, codec, port, http)
         yield one
         if "openai" in vars(one):
             await one.openai.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -14,11 +15,13 @@ from baton import rpc
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
 from baton.v1 import worker_pb2_grpc
-from engine.api import SamplingParams
+from engine.api import Logprobs, SamplingParams
 from router import links
 from router.dispatch import WorkerDispatcher
-from router.dispatch_api import Ended, NewTokens, Prompt, RefusalKind, Refused
+from router.dispatch_api import ChoiceEnded, Ended, NewTokens, Prompt, PromptScores, RefusalKind, Refused
+from router.policy import POLICIES, Ask, choose
 from router.spec import RouterSpec
+from router.view import ClusterView
 
 TOKEN = "t"
 
@@ -100,6 +103,7 @@ async def _collect(dispatcher: WorkerDispatcher) -> tuple[list[int], Ended]:
             assert event.first_index == len(ids)
             ids += event.ids
         else:
+            assert isinstance(event, Ended)
             return ids, event
     raise AssertionError("no terminal event")
 
@@ -189,3 +193,74 @@ async def test_older_membership_is_ignored() -> None:
         assert ack.version == 1 and dispatcher.ready
         await dispatcher.SetMembers(pb.Members(version=2), None)
         assert not dispatcher.ready
+
+
+async def test_choices_and_logprobs_stay_together() -> None:
+    """What piled up comes in one piece for each choice, its log-probabilities beside it; one end for each choice."""
+
+    def entry(key: int, choice: int, first: int, *ids: int) -> pb.FromWorker:
+        logprobs = api.Logprobs(chosen=[-i for i in ids], top_ids=ids, top=[-i for i in ids])
+        token = pb.TokenEntry(key=key, choice=choice, first_index=first, ids=ids, logprobs=logprobs)
+        return pb.FromWorker(tokens=[token])
+
+    def script(submit: pb.Submit) -> list[pb.FromWorker]:
+        assert submit.n == 3 and submit.sampling.logprobs == 1
+        key = submit.key
+        return [
+            pb.FromWorker(
+                prompts=[
+                    pb.PromptEntry(key=key, first_index=1, logprobs=api.Logprobs(chosen=[-1.0])),
+                    pb.PromptEntry(key=key, first_index=2, logprobs=api.Logprobs(chosen=[-2.0])),
+                ]
+            ),
+            *(entry(key, choice, 0, 10 + choice) for choice in range(3)),
+            entry(key, 0, 1, 20),
+            entry(key, 2, 1, 22, 32),
+            pb.FromWorker(ends=[pb.RequestEnd(key=key, reason="stop", choice=2, more=2)]),
+            entry(key, 0, 2, 30),
+            pb.FromWorker(
+                ends=[
+                    pb.RequestEnd(key=key, reason="length", choice=0, more=1),
+                    pb.RequestEnd(key=key, reason="stop", choice=1),
+                ]
+            ),
+        ]
+
+    async with dispatching(HandWorker(script)) as (dispatcher, _):
+        prompt = replace(_prompt(), n=3, sampling=SamplingParams(max_tokens=4, logprobs=1))
+        flight = dispatcher.generate(prompt)
+        events = [await anext(flight)]
+        await asyncio.sleep(0.2)  # a slow client: the rest piles up
+        events += [event async for event in flight]
+    scores = [event for event in events if isinstance(event, PromptScores)]
+    assert [(event.first_index, event.logprobs.chosen) for event in scores] == [(1, [-1.0]), (2, [-2.0])]
+    assert events[:2] == scores
+    found = {event.choice: event for event in events if isinstance(event, NewTokens)}
+    assert len([event for event in events if isinstance(event, NewTokens)]) == 3
+    assert {choice: event.ids for choice, event in found.items()} == {
+        0: [10, 20, 30],
+        1: [11],
+        2: [12, 22, 32],
+    }
+    for event in found.values():
+        assert event.logprobs == Logprobs([-i for i in event.ids], event.ids, [-i for i in event.ids])
+    assert [event for event in events if isinstance(event, ChoiceEnded)] == [
+        ChoiceEnded(2, "stop"),
+        ChoiceEnded(0, "length"),
+    ]
+    assert isinstance(events[-1], Ended) and (events[-1].choice, events[-1].reason) == (1, "stop")
+    assert not dispatcher.active
+
+
+async def test_prompt_logprobs_are_computed_on_the_decode_worker() -> None:
+    """A policy input: whatever the policy would say, and the reason is told in words."""
+    asked = Ask(900, 899, 0, 8, prompt_logprobs=True)
+    cluster = ClusterView()
+    cluster.set_workers(["decode-0"], ["prefill-0"])
+    cluster.decode.set_usable("decode-0", True)
+    cluster.prefill.set_usable("prefill-0", True)
+    for policy in POLICIES.values():
+        decision = choose(policy, asked, cluster.view, 0.0)
+        assert decision.prefill_worker is None and "log-probabilities" in decision.reason
+    remote = choose(POLICIES["always-remote"], replace(asked, prompt_logprobs=False), cluster.view, 0.0)
+    assert remote.prefill_worker == "prefill-0"

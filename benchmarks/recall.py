@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -146,10 +147,10 @@ def share(questions: Sequence[Question]) -> str:
 
 def result_table(questions: Sequence[Question]) -> Table:
     """Accuracy by length (rows) and by depth of the needle (columns)."""
-    table = Table(title="Recall: right answers by prompt length and depth of the needle")
+    table = Table(title="Recall: right answers by prompt tokens and depth of the needle in %", box=box.SIMPLE)
     table.add_column("tokens", justify="right")
     for depth in range(DEPTHS):
-        table.add_column(f"{100 * depth // DEPTHS}-{100 * (depth + 1) // DEPTHS}%", justify="right")
+        table.add_column(f"{100 * depth // DEPTHS}-{100 * (depth + 1) // DEPTHS}", justify="right")
     for heading in ("all", "asked", "errors", "mean s"):
         table.add_column(heading, justify="right")
     for length in sorted({question.length for question in questions}):

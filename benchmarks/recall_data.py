@@ -7,6 +7,7 @@ tokenizer begins a token, so that encoding the pieces one by one equals encoding
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sized
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def is_correct(reply: str, expected: str) -> bool:
 
 def record_target(context_tokens: int) -> int:
     """How many records a document of this length holds: 10 at 128 tokens, rising to 100 at 2,048."""
-    return max(2, min(MAX_RECORDS, round(10 * (context_tokens / 128) ** 0.85)))
+    return max(2, min(MAX_RECORDS, round(10 * math.pow(context_tokens / 128, 0.85))))
 
 
 def make_question(

@@ -56,7 +56,7 @@ class Phase:
 
 FORM = {"recall": 0.6, "copy": 0.4}
 MIXED = {"recall": 0.7, "copy": 0.1, "chain": 0.08, "sum": 0.07, "story": 0.05}
-FULL = {"recall": 0.55, "copy": 0.1, "chain": 0.09, "sum": 0.2, "story": 0.06}
+FULL = {"recall": 0.4, "copy": 0.16, "chain": 0.14, "sum": 0.25, "story": 0.05}
 # Short rows first: attention finds induction soonest where there is little to look at, and later phases only
 # stretch what it found.  The last phase takes the learning rate to zero.
 PHASES = [
@@ -65,7 +65,7 @@ PHASES = [
     Phase("mix", 1000, (256,), MIXED, until=0.97),
     Phase("widen", 1000, (512,), MIXED, until=0.97),
     Phase("reach", 600, (1024,), MIXED, until=0.98),
-    Phase("far", 1300, (256, 1088, 2176, 2176), FULL, decay=True, tokens=4352),
+    Phase("far", 1000, (256, 1088, 2176, 2176), FULL, decay=True, tokens=4352),
 ]
 
 

@@ -100,6 +100,7 @@ class RouterSection(_Section):
     local_below_tokens: NotNegative = 256  # a shorter uncached suffix is prefilled where it is decoded
     max_prefill_waiting: Positive = 8
     max_active: Positive = 1024
+    log_format: Literal["text", "json"] = "text"  # of the router's log; json: one object a line, see docs/metrics.md
 
     @field_validator("policy")
     @classmethod

@@ -7,6 +7,7 @@ never holds up a step.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ from engine.api import (
 )
 from worker.messages import SessionLost, ToEngine
 from worker.spec import WorkerSpec
+
+log = logging.getLogger("baton.shell")
 
 
 class SessionOutbox:
@@ -116,6 +119,7 @@ class WorkerService:
         self._send = send
         self._describe = describe
         self._sessions: dict[int, SessionOutbox] = {}
+        self._request_ids: dict[RequestKey, str] = {}  # of open requests, for the log
         self._next = 1
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> api.WorkerStatus:
@@ -153,6 +157,7 @@ class WorkerService:
         if self._spec.role != "decode":
             session.add_end(RequestEnd(request, "invalid", f"{self._spec.worker_id} does not decode"))
             return
+        self._request_ids[request] = submit.request_id
         self._send(
             Submit(
                 request=request,
@@ -181,9 +186,26 @@ class WorkerService:
             self.request_end(end)
 
     def request_end(self, end: RequestEnd) -> None:
+        self._log_end(end)
         session = self._sessions.get(end.request.session)
         if session is not None:
             session.add_end(end)
+
+    def _log_end(self, end: RequestEnd) -> None:
+        """Names the requests that did not go as they were meant to."""
+        request_id = self._request_ids.get(end.request, "")
+        if not end.more:
+            self._request_ids.pop(end.request, None)
+        if end.trace is not None and end.trace.fallback:
+            log.warning(
+                "request %s: the hand-off from %s failed, %d of its prompt tokens came: %s",
+                request_id,
+                end.trace.prefill_worker or "the prefill worker",
+                end.trace.remote_tokens,
+                end.trace.fallback,
+            )
+        if end.reason == "error":
+            log.error("request %s failed: %s", request_id, end.detail)
 
     def load(self) -> None:
         """The worker's state changed: every router is told."""

@@ -163,3 +163,11 @@ def test_the_processes_are_told_what_the_file_says(model: Path) -> None:
     assert (decode.kv_cache_bytes, decode.slots, decode.max_model_len) == (1 << 29, 4, 512)
     router = specs.router_spec(config, facts, "secret")
     assert (router.served_name, router.max_model_len, router.local_below_tokens) == ("model", 512, 7)
+
+
+def test_the_router_is_told_how_to_log(model: Path) -> None:
+    config = load(None, [f"model.path={model}", "router.log_format=json"])
+    facts = specs.model_config(config)
+    assert specs.router_spec(config, facts, "secret").log_format == "json"
+    assert specs.router_spec(load(None, [f"model.path={model}"]), facts, "secret").log_format == "text"
+    assert "router.log_format = 'xml': must be 'text' or 'json'" in refused({"router": {"log_format": "xml"}})

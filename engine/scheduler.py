@@ -1,14 +1,16 @@
 """Which sequences compute how many tokens in the next step. Pure: no clock, no I/O, no torch.
 
 Running decodes come first and never wait for a whole prompt; then prompts in progress; then those that wait with
-blocks of their own (a hand-off landed in them); then newcomers, in order: all under one budget of tokens. A decode
-that finds no block preempts the youngest sequence, which recomputes later (its published blocks are usually still
-cached). A prompt that finds none waits; when nothing at all could run, the caller lets the youngest give way. Cost per
-step is that of the sequences that run in it.
+blocks of their own (a hand-off landed in them); then newcomers, by priority and arrival: all under one budget of
+tokens. A decode that finds no block preempts the least urgent sequence, the youngest among equals, which recomputes
+later (its published blocks are usually still cached). A prompt that finds none waits; when nothing at all could run,
+the caller lets the youngest give way. A newcomer that is more urgent than a running sequence preempts it rather than
+wait. Cost per step is that of the sequences that run in it.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from engine.api import EndReason, Logprobs
 from engine.ledger import BlockLedger
 from engine.plan import Row, StepPlan, StepResult
 from engine.sequence import Phase, Sequence
+from engine.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,9 @@ class Scheduler:
     the oldest open hand-off still needs. Without the latter the running ones would grow into it again and again.
     """
 
-    def __init__(self, ledger: BlockLedger, limits: Limits) -> None:
+    def __init__(self, ledger: BlockLedger, limits: Limits, *, urgent_preempts: bool = True) -> None:
+        """`urgent_preempts` False: a running sequence never gives way to a more urgent newcomer (its blocks may be
+        read by writes in flight)."""
         self.ledger = ledger
         self.limits = limits
         # A decode is one token: more running sequences than budget would make some of them starve.
@@ -56,8 +61,10 @@ class Scheduler:
         self.reserved = 0
         # Wait with blocks of their own: first, or they could starve the rest.
         self._landed: deque[Sequence] = deque()
-        self._waiting: deque[Sequence] = deque()
-        self._running: dict[Sequence, None] = {}  # in order of admission
+        self._waiting = WaitingQueue()
+        self._running: list[Sequence] = []  # the most urgent first, among equals the first to arrive
+        self._urgent_preempts = urgent_preempts
+        self._arrivals = 0
         self._waiting_tokens = 0
         self._planned: list[Sequence] = []
         self._copied: list[int] = []  # blocks that the plan copies from: held until it is committed
@@ -91,7 +98,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting or self._landed)
+        return bool(self._running or len(self._waiting) or self._landed)
 
     @property
     def planned(self) -> list[Sequence]:
@@ -99,31 +106,37 @@ class Scheduler:
         return self._planned
 
     def youngest(self) -> Sequence | None:
-        return next(reversed(self._running), None)
+        """The running sequence that gives way first: the least urgent, among equals the last to arrive."""
+        return self._running[-1] if self._running else None
 
     # ---- events ------------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. It may hold blocks already (a hand-off landed in them)."""
         assert sequence.phase is Phase.WAITING and sequence.remaining > 0
-        (self._landed if sequence.has_blocks else self._waiting).append(sequence)
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        if sequence.has_blocks:
+            self._landed.append(sequence)
+        else:
+            self._waiting.add(sequence)
         self._waiting_tokens += sequence.remaining
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out and lets go of its blocks: finished, cancelled or given up."""
         if sequence.phase is Phase.RUNNING:
-            del self._running[sequence]
-        elif sequence.phase is Phase.WAITING:
-            for queue in (self._landed, self._waiting):
-                if sequence in queue:
-                    queue.remove(sequence)
-                    self._waiting_tokens -= sequence.remaining
+            self._leave_running(sequence)
+        elif sequence in self._landed:
+            self._landed.remove(sequence)
+            self._waiting_tokens -= sequence.remaining
+        elif self._waiting.discard(sequence):
+            self._waiting_tokens -= sequence.remaining
         sequence.phase = Phase.FINISHED
         sequence.drop_blocks(self.ledger)
 
     def detach(self, sequence: Sequence) -> None:
         """Takes a running sequence out but leaves it its blocks; whoever detached it releases them."""
-        del self._running[sequence]
+        self._leave_running(sequence)
         sequence.phase = Phase.FINISHED
 
     # ---- one step ----------------------------------------------------------------------------------------------
@@ -134,6 +147,8 @@ class Scheduler:
         self._step += 1
         self.admitted = []
         plan = StepPlan(self._step)
+        if self._urgent_preempts:
+            self._make_room_for_urgent()
         budget = self._plan_decodes(plan, self.limits.max_batch_tokens)
         budget = self._plan_prompts(plan, budget)
         self._admit(plan, budget)
@@ -177,6 +192,21 @@ class Scheduler:
 
     # ---- the three passes --------------------------------------------------------------------------------------
 
+    def _make_room_for_urgent(self) -> None:
+        """Preempts less urgent sequences until the first in the queue fits, if that is what it takes."""
+        first = self._waiting.first()
+        if first is None or self._landed or not self._running:
+            return
+        while self._running and self._running[-1].priority > first.priority:
+            room = len(self._running) < self._max_running
+            if room and self._fits(first, self._kept()) is not None:
+                return
+            self._preempt(self._running[-1])
+
+    def _kept(self) -> int:
+        """Blocks that newcomers leave alone."""
+        return self.reserved + len(self._running) + 1 if self.reserved else 0
+
     def _plan_decodes(self, plan: StepPlan, budget: int) -> int:
         for sequence in list(self._running):
             if sequence.phase is not Phase.RUNNING or not _decodes(sequence):
@@ -207,29 +237,35 @@ class Scheduler:
         return budget
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        for queue in (self._landed, self._waiting):
-            while budget > 0 and queue and len(self._running) < self._max_running:
-                sequence = queue[0]
-                kept = queue is self._waiting and self.reserved
-                cached = self._fits(sequence, self.reserved + len(self._running) + 1 if kept else 0)
-                if cached is None:
-                    break
-                queue.popleft()
-                self._waiting_tokens -= sequence.remaining
-                if cached:
-                    sequence.take_prefix(self.ledger, cached)
-                sequence.phase = Phase.RUNNING
-                self._running[sequence] = None
-                self.admitted.append(sequence)
-                if sequence.fork_block is not None:
-                    self._copy_fork(plan, sequence)
-                tokens = min(sequence.remaining, budget)
-                if not self._grow(sequence, tokens):
-                    raise AssertionError("admission counted the blocks")
-                self._plan(plan, sequence, tokens)
-                budget -= tokens
-            if queue:
-                break  # a newcomer must not take the blocks that a landed one waits for
+        while budget > 0 and len(self._running) < self._max_running:
+            # A newcomer must not take the blocks that a landed one waits for.
+            sequence = self._landed[0] if self._landed else self._waiting.first()
+            if sequence is None:
+                break
+            cached = self._fits(sequence, 0 if self._landed else self._kept())
+            if cached is None:
+                break
+            if self._landed:
+                self._landed.popleft()
+            else:
+                self._waiting.discard(sequence)
+            budget -= self._start(plan, sequence, cached, budget)
+
+    def _start(self, plan: StepPlan, sequence: Sequence, cached: int, budget: int) -> int:
+        """A sequence that fits begins to run; returns the tokens planned for it."""
+        self._waiting_tokens -= sequence.remaining
+        if cached:
+            sequence.take_prefix(self.ledger, cached)
+        sequence.phase = Phase.RUNNING
+        bisect.insort(self._running, sequence, key=_order)
+        self.admitted.append(sequence)
+        if sequence.fork_block is not None:
+            self._copy_fork(plan, sequence)
+        tokens = min(sequence.remaining, budget)
+        if not self._grow(sequence, tokens):
+            raise AssertionError("admission counted the blocks")
+        self._plan(plan, sequence, tokens)
+        return tokens
 
     def _fits(self, sequence: Sequence, reserved: int) -> int | None:
         """The cached tokens to begin with when all of the sequence's tokens fit beside `reserved` blocks, else None."""
@@ -282,8 +318,13 @@ class Scheduler:
         plan.copies.append((source, target[0]))
         self._copied.append(source)
 
+    def _leave_running(self, sequence: Sequence) -> None:
+        at = bisect.bisect_left(self._running, _order(sequence), key=_order)
+        assert self._running[at] is sequence
+        del self._running[at]
+
     def _preempt(self, sequence: Sequence) -> None:
-        del self._running[sequence]
+        self._leave_running(sequence)
         sequence.phase = Phase.WAITING
         self._send_back(sequence)
 
@@ -291,8 +332,12 @@ class Scheduler:
         sequence.preemptions += 1
         self.preemptions += 1
         sequence.drop_blocks(self.ledger)
-        self._waiting.appendleft(sequence)
+        self._waiting.add(sequence)
         self._waiting_tokens += sequence.remaining
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.arrival
 
 
 def _decodes(sequence: Sequence) -> bool:

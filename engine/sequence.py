@@ -28,8 +28,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_table", "choice", "computed", "fork_block", "fork_tokens", "hashes", "phase", "preemptions",
-        "prompt_length", "published", "request", "salt", "sampling", "scored", "stop_ids", "targets", "tokens", "top",
+        "arrival", "block_table", "choice", "computed", "fork_block", "fork_tokens", "hashes", "phase",
+        "preemptions", "priority", "prompt_length", "published", "request", "salt", "sampling", "scored", "stop_ids",
+        "targets", "tokens", "top",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +51,8 @@ class Sequence:
         self.published = 0  # leading blocks offered to the prefix cache
         self.preemptions = 0
         self.choice = 0  # of the request
+        self.priority = 0  # less is more urgent
+        self.arrival = 0  # order among equals, given by the scheduler; kept through preemption
         self.fork_block: int | None = (
             None  # held beside the table: its first `fork_tokens` are this sequence's next
         )

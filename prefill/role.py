@@ -90,7 +90,7 @@ class PrefillRole:
     def __init__(self, hello: Hello, blocks: BlockLedger, limits: Limits, *, max_waiting: int = 512) -> None:
         self.hello = hello
         self.blocks = blocks
-        self.scheduler = Scheduler(blocks, limits)
+        self.scheduler = Scheduler(blocks, limits, urgent_preempts=False)
         self.counters: Counter[str] = Counter()
         self._max_waiting = max_waiting
         self._actions: list[Action] = []

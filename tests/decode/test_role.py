@@ -85,7 +85,7 @@ def test_a_short_uncached_rest_is_computed_here_whatever_the_router_thought(desk
     assert desk.right(request)
     trace = desk.ends[request.request].trace
     assert trace is not None
-    assert "not cached" in trace.fallback
+    assert not trace.fallback and desk.role.counters["turned_local"] == 1
 
 
 def test_a_prompt_of_one_token_has_nothing_to_fetch(desk: Desk) -> None:

@@ -315,7 +315,7 @@ async def test_chat_logprobs(doors: Doors) -> None:
         assert entry["logprob"] == -token / 1000
         assert [top["logprob"] for top in entry["top_logprobs"]] == [-token / 1000, -(token + 1) / 1000]
         assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"]
-    streamed = []
+    streamed: list[Any] = []
     for event in await doors.http.events("/v1/chat/completions", **body):
         streamed += ((event["choices"][0]["logprobs"] or {}).get("content")) or []
     assert streamed == content

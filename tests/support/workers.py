@@ -89,8 +89,14 @@ async def set_members(address: str, version: int, workers: list[Worker]) -> None
 class Answer:
     """What came of one request."""
 
-    ids: list[int] = field(default_factory=list)
+    choices: list[list[int]] = field(default_factory=lambda: [[]])
+    reasons: dict[int, str] = field(default_factory=dict)  # of the choices that have ended
     end: pb.RequestEnd | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """Of the first choice."""
+        return self.choices[0]
 
     @property
     def trace(self) -> api.Trace:
@@ -153,11 +159,13 @@ class DecodeClient:
             )
         )
 
-    async def submit(self, prompt: list[int], *, prefill: str = "", tokens: int = 64, **sampling: Any) -> int:
+    async def submit(
+        self, prompt: list[int], *, prefill: str = "", tokens: int = 64, n: int = 1, **sampling: Any
+    ) -> int:
         """Sends a request and returns its key. Greedy unless said otherwise."""
         key = self._next
         self._next += 1
-        self._answers[key] = Answer()
+        self._answers[key] = Answer([[] for _ in range(n)])
         self._ended[key] = asyncio.get_running_loop().create_future()
         settings = {"temperature": 0.0, "top_p": 1.0, "max_tokens": tokens, **sampling}
         submit = pb.Submit(
@@ -166,6 +174,7 @@ class DecodeClient:
             prompt=prompt,
             prefill_worker=prefill,
             local_below_tokens=1,
+            n=n,
             sampling=pb.EngineSampling(**settings),
         )
         await self._write(pb.ToWorker(submit=submit))
@@ -196,11 +205,15 @@ class DecodeClient:
         while (message := await self._call.read()) is not None and hasattr(message, "tokens"):
             for entry in message.tokens:
                 answer = self._answers[entry.key]
-                assert entry.first_index == len(answer.ids), "tokens were lost, doubled or reordered"
-                answer.ids += entry.ids
+                ids = answer.choices[entry.choice]
+                assert entry.first_index == len(ids), "tokens were lost, doubled or reordered"
+                ids += entry.ids
             for end in message.ends:
-                self._answers[end.key].end = end
-                self._ended[end.key].set_result(self._answers[end.key])
+                answer = self._answers[end.key]
+                answer.reasons[end.choice] = end.reason
+                if not end.more:
+                    answer.end = end
+                    self._ended[end.key].set_result(answer)
             self._changed.set()
 
 

@@ -154,7 +154,9 @@ async def test_a_wrong_token_is_refused(node: RayNode, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_node_without_the_model_is_named_with_the_path(node: RayNode, tmp_path: Path) -> None:
+def test_a_node_without_the_model_and_a_resource_without_a_node_are_named(
+    node: RayNode, tmp_path: Path
+) -> None:
     """The driver sees the model, or it would have refused it before: so the launcher is asked directly."""
     answer = subprocess.run(
         [sys.executable, "-c", ASK_THE_LAUNCHER, node.address, str(tmp_path)],
@@ -165,6 +167,8 @@ def test_a_node_without_the_model_is_named_with_the_path(node: RayNode, tmp_path
         rf"{re.escape(node.ip)} \(\S+\); the model must be in the same place on every node",
         answer.stdout,
     ), answer.stdout + answer.stderr
+    assert "Ray has no room for 0.25 CPU, 2 nowhere (the cluster has 4 CPU, 0 GPU, 0 nowhere" in answer.stdout
+    assert "or add nodes that have what decode.resources asks for" in answer.stdout
 
 
 ASK_THE_LAUNCHER = """
@@ -181,10 +185,12 @@ async def main():
                            log_dir=folder, start_timeout_s=60, mark="")
     await launcher.open()
     spec = WorkerSpec(role="decode", worker_id="decode-0", incarnation="i", token="t", model_path="/no/such/model")
-    try:
-        await launcher.start_worker(spec, Place(0.25, 0))
-    except StartError as error:
-        print(error)
+    for resources in {}, {"nowhere": 2.0}:
+        try:
+            await launcher.start_worker(spec, Place(0.25, 0, resources=resources))
+        except StartError as error:
+            print(error, flush=True)
+        launcher._start_timeout_s = 1.0
     await launcher.close()
 
 asyncio.run(main())

@@ -217,6 +217,7 @@ class LandingZone:
             start=cached,
             deadline_s=self.timeout_s,
             salt=submit.salt,
+            priority=submit.priority,
         )
         self._say(handoff, message)
         return ""

@@ -59,11 +59,12 @@ def open_request(submit: Submit, now: float) -> Request:
     if submit.n == 1 or len(prompt) == 1:
         choices = []
         for choice in range(submit.n):
-            sequence = Sequence(submit.request, prompt, choice_sampling(submit, choice), submit.salt)
+            drawn = choice_sampling(submit, choice)
+            sequence = Sequence(submit.request, prompt, drawn, submit.salt, submit.priority)
             sequence.choice = choice
             choices.append(sequence)
         return Request(submit, choices[0], choices, now)
-    trunk = Sequence(submit.request, prompt[:-1], None, submit.salt)
+    trunk = Sequence(submit.request, prompt[:-1], None, submit.salt, submit.priority)
     if sampling.prompt_logprobs is not None:
         trunk.score(prompt, sampling.prompt_logprobs)
     return Request(submit, trunk, [], now)

@@ -67,6 +67,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prefill_worker: str = ""
     local_below_tokens: int = 0
     salt: str = ""
+    priority: int = 0  # less is more urgent
     n: int = 1  # choices: each draws with its own noise, all share the prompt's KV
 
 

@@ -34,7 +34,12 @@ class Sequence:
     )  # fmt: skip
 
     def __init__(
-        self, request: RequestKey, prompt: list[int], sampling: SamplingParams | None, salt: str = ""
+        self,
+        request: RequestKey,
+        prompt: list[int],
+        sampling: SamplingParams | None,
+        salt: str = "",
+        priority: int = 0,
     ) -> None:
         if not prompt:
             raise ValueError("a sequence needs at least one token")
@@ -51,7 +56,7 @@ class Sequence:
         self.published = 0  # leading blocks offered to the prefix cache
         self.preemptions = 0
         self.choice = 0  # of the request
-        self.priority = 0  # less is more urgent
+        self.priority = priority  # less is more urgent
         self.arrival = 0  # order among equals, given by the scheduler; kept through preemption
         self.fork_block: int | None = (
             None  # held beside the table: its first `fork_tokens` are this sequence's next

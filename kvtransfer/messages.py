@@ -76,6 +76,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     start: int
     deadline_s: float
     salt: str = ""
+    priority: int = 0  # less is more urgent
 
 
 class Credit(msgspec.Struct, frozen=True, tag=True):

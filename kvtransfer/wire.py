@@ -55,6 +55,7 @@ def to_proto(message: ControlMessage) -> pb.Control:
                 start=message.start,
                 deadline_s=message.deadline_s,
                 salt=message.salt,
+                priority=message.priority,
             )
         )
     if isinstance(message, Abort):
@@ -159,6 +160,7 @@ def _read_begin(begin: pb.Begin) -> Begin:
         start=begin.start,
         deadline_s=begin.deadline_s,
         salt=begin.salt,
+        priority=begin.priority,
     )
 
 

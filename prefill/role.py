@@ -302,7 +302,7 @@ class PrefillRole:
         handoff = Handoff(
             key=key,
             epoch=peer.hello.epoch,
-            sequence=Sequence(request, begin.tokens, None, begin.salt),
+            sequence=Sequence(request, begin.tokens, None, begin.salt, begin.priority),
             chunks=chunks(begin.start, len(begin.tokens), kv.chunk_tokens),
             seeds=seeds(
                 begin.tokens,

@@ -23,6 +23,8 @@ MAX_BIASED_IDS = 1024
 MAX_REPETITION_PENALTY = 10
 MAX_LOGPROBS = 20
 MAX_CHOICES = 16
+MAX_PRIORITY = 1000
+MAX_SALT_CHARS = 256
 
 
 class ContextLengthExceeded(Refused):
@@ -61,6 +63,7 @@ class GenerateCall:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     salt: str = ""  # requests with different salts share no cached prefix
+    priority: int = 0  # less is more urgent
 
 
 def invalid(message: str, param: str) -> Refused:
@@ -107,6 +110,14 @@ def check_sampling(call: GenerateCall, vocab_size: int) -> None:
         top = getattr(call, name)
         if top is not None and not 0 <= top <= MAX_LOGPROBS:
             raise invalid(f"{name} must be between 0 and {MAX_LOGPROBS}, not {top}", name)
+    if not -MAX_PRIORITY <= call.priority <= MAX_PRIORITY:
+        raise invalid(
+            f"priority must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], not {call.priority}", "priority"
+        )
+    if len(call.salt) > MAX_SALT_CHARS:
+        raise invalid(
+            f"cache_salt has {len(call.salt)} characters, at most {MAX_SALT_CHARS} are allowed", "cache_salt"
+        )
     if call.min_tokens is not None and call.min_tokens < 0:
         raise invalid(f"min_tokens must be at least 0, not {call.min_tokens}", "min_tokens")
     if len(call.stop) > MAX_STOP_STRINGS:

@@ -282,6 +282,7 @@ def _submit_message(key: int, prompt: Prompt, decision: Decision) -> pb.Submit:
         prefill_worker=decision.prefill_worker or "",
         local_below_tokens=decision.local_below_tokens,
         salt=prompt.salt,
+        priority=prompt.priority,
         n=prompt.n,
     )
 

@@ -50,6 +50,7 @@ class Prompt:
     tokens: list[int]
     sampling: SamplingParams
     salt: str = ""
+    priority: int = 0  # less is more urgent
     n: int = 1  # choices
     account: Account = field(default_factory=Account, compare=False)
 

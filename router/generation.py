@@ -157,6 +157,7 @@ class Generation:
             tokens=tokens,
             sampling=sampling_params(call, self._codec.defaults, self._codec.eos_ids, seed, max_tokens),
             salt=call.salt,
+            priority=call.priority,
             n=call.n or 1,
         )
 

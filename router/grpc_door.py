@@ -171,6 +171,8 @@ def _call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         prompt_logprobs=sampling.prompt_logprobs if given("prompt_logprobs") else None,
         n=sampling.n if given("n") else None,
         echo=sampling.echo,
+        priority=request.priority,
+        salt=request.cache_salt,
     )
 
 

@@ -103,6 +103,8 @@ class _Body(BaseModel):
     repetition_penalty: Number | None = None
     min_tokens: Int | None = None
     prompt_logprobs: Int | None = None
+    priority: Int | None = None
+    cache_salt: str | None = None
     ignore_eos: Flag | None = None
     stop_token_ids: list[Int] | None = None
     return_token_ids: Flag | None = None
@@ -143,6 +145,8 @@ class _Body(BaseModel):
             min_tokens=self.min_tokens,
             prompt_logprobs=self.prompt_logprobs,
             n=self.n,
+            priority=self.priority or 0,
+            salt=self.cache_salt or "",
         )
 
 

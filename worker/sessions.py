@@ -167,6 +167,7 @@ class WorkerService:
                 prefill_worker=submit.prefill_worker,
                 local_below_tokens=submit.local_below_tokens,
                 salt=submit.salt,
+                priority=submit.priority,
                 n=submit.n or 1,
             )
         )

@@ -48,7 +48,7 @@ class ToWorker(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "request_id", "attempt", "prompt", "sampling", "prefill_worker", "local_below_tokens", "salt", "n")
+    __slots__ = ("key", "request_id", "attempt", "prompt", "sampling", "prefill_worker", "local_below_tokens", "salt", "priority", "n")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class Submit(_message.Message):
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     LOCAL_BELOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
@@ -66,8 +67,9 @@ class Submit(_message.Message):
     prefill_worker: str
     local_below_tokens: int
     salt: str
+    priority: int
     n: int
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., local_below_tokens: _Optional[int] = ..., salt: _Optional[str] = ..., n: _Optional[int] = ...) -> None: ...
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., local_below_tokens: _Optional[int] = ..., salt: _Optional[str] = ..., priority: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
 
 class EngineSampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "seed", "max_tokens", "stop_token_ids", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_ids", "bias", "min_tokens", "choice", "logprobs", "prompt_logprobs")
@@ -270,20 +272,22 @@ class Linked(_message.Message):
     def __init__(self) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("handoff_id", "request_id", "tokens", "start", "deadline_s", "salt")
+    __slots__ = ("handoff_id", "request_id", "tokens", "start", "deadline_s", "salt", "priority")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     handoff_id: int
     request_id: str
     tokens: _containers.RepeatedScalarFieldContainer[int]
     start: int
     deadline_s: float
     salt: str
-    def __init__(self, handoff_id: _Optional[int] = ..., request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[str] = ...) -> None: ...
+    priority: int
+    def __init__(self, handoff_id: _Optional[int] = ..., request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("handoff_id", "leases")

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -66,10 +67,17 @@ def pair() -> Iterator[tuple[Host, Host]]:
         yield pair
 
 
-def bring_up(pair: tuple[Host, Host]) -> str:
+def bring_up(pair: tuple[Host, Host], roles: tuple[str, str]) -> str:
     """Both machines as docs/cluster.md says; the one resource that each has is named after its role."""
     head, other = pair
-    told = head.run(UP, "head", f"--port={PORT}", *node_arguments(head, "prefill"), timeout_s=UP_S)
+    told = head.run(
+        UP,
+        "head",
+        f"--port={PORT}",
+        *node_arguments(head, roles[0]),
+        "--include-dashboard=false",
+        timeout_s=UP_S,
+    )
     join = re.search(r"scripts/cluster/up\.sh join (\S+)$", told, re.MULTILINE)
     assert join and join[1] == f"{head.ip}:{PORT}", told
     # Without the token nobody joins; the operator copies it.
@@ -79,18 +87,18 @@ def bring_up(pair: tuple[Host, Host]) -> str:
     copied = Path(other.environment["HOME"]) / token
     copied.parent.mkdir(mode=0o700)
     shutil.copy(Path(head.environment["HOME"]) / token, copied)
-    other.run(UP, "join", join[1], *node_arguments(other, "decode"), timeout_s=UP_S)
+    other.run(UP, "join", join[1], *node_arguments(other, roles[1]), timeout_s=UP_S)
     return join[1]
 
 
 def node_arguments(host: Host, role: str) -> list[str]:
     ray = ["--num-cpus=1", f"--resources={json.dumps({role: 1})}", "--object-store-memory=80000000"]
-    return ["--ip", host.ip, "--", *ray, *(["--include-dashboard=false"] if role == "prefill" else [])]
+    return ["--ip", host.ip, "--", *ray]
 
 
 @asynccontextmanager
 async def served(
-    host: Host, address: str, errors: Path
+    host: Host, address: str, errors: Path, *more: str
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
     """`baton serve --address` on that host, prefill on one and decode on the other; yields its gRPC door."""
     settings = [
@@ -102,7 +110,7 @@ async def served(
     command = [sys.executable, "-m", "cluster.cli", "serve", "--address", address]
     with errors.open("wb") as sink:
         process = subprocess.Popen(
-            host.command([*command, *(f"--set={setting}" for setting in settings)]),
+            host.command([*command, *(f"--set={setting}" for setting in [*settings, *more])]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=sink,
@@ -129,13 +137,21 @@ def ask(host: Host, *arguments: str, stdin: str = "") -> Any:
     return json.loads(done.stdout)
 
 
+def draw_prompts(seed: int, *lengths: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(1, 250) for _ in range(length)] for length in lengths]
+
+
+def answer_locally(prompts: list[list[int]]) -> list[list[int]]:
+    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    return LocalEngine(TINY).generate([(prompt, greedy) for prompt in prompts])
+
+
 async def test_kv_crosses_the_cable(pair: tuple[Host, Host], tmp_path: Path) -> None:
     head, other = pair
-    address = await asyncio.to_thread(bring_up, pair)
-    draw = random.Random(7)
-    prompts = [[draw.randrange(1, 250) for _ in range(length)] for length in (333, 700, 480, 64, 901, 350)]
-    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    local = LocalEngine(TINY).generate([(prompt, greedy) for prompt in prompts])
+    address = await asyncio.to_thread(bring_up, pair, ("prefill", "decode"))
+    prompts = draw_prompts(7, 333, 700, 480, 64, 901, 350)
+    local = answer_locally(prompts)
     async with served(head, address, tmp_path / "stderr.txt") as (process, door):
         workers = {worker["worker_id"]: worker for worker in ask(head, door, "status")["workers"]}
         where = {name: worker["address"].partition(":")[0] for name, worker in workers.items()}
@@ -150,11 +166,56 @@ async def test_kv_crosses_the_cable(pair: tuple[Host, Host], tmp_path: Path) -> 
         print(f"{handed} bytes handed off, {crossed} bytes over the cable, ms for each hand-off: "
               f"{[round(1000 * answer['handoff_s']) for answer in answers]}")  # fmt: skip
         assert handed > 2000 * sum(map(len, prompts)) and handed < crossed < 2 * handed
-        # nsenter, which this process is, does not pass signals on.
-        serve = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(serve[0]), signal.SIGTERM)
-        await eventually(lambda: process.poll() is not None, "baton serve ends")
-        assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
+        await stop(process, tmp_path / "stderr.txt")
     for host in pair:
         await asyncio.to_thread(host.run, DOWN, timeout_s=UP_S)
     await eventually(lambda: not any(host.processes() for host in pair), "both hosts are empty")
+
+
+async def stop(process: subprocess.Popen[bytes], errors: Path) -> None:
+    # nsenter, which this process is, does not pass signals on.
+    serve = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(serve[0]), signal.SIGTERM)
+    await eventually(lambda: process.poll() is not None, "baton serve ends")
+    assert process.returncode == 0, errors.read_text()
+
+
+async def test_a_cut_cable_costs_time_and_no_token(pair: tuple[Host, Host], tmp_path: Path) -> None:
+    """The prefill host vanishes and comes back: prompts are prefilled locally, then its keeper brings its node back."""
+    head, other = pair
+    address = await asyncio.to_thread(bring_up, pair, ("decode", "prefill"))
+    prompts = draw_prompts(8, 500, 700, 300)
+    local = answer_locally(prompts)
+
+    def answers(*chosen: int) -> list[dict[str, Any]]:
+        told: list[dict[str, Any]] = ask(
+            head, door, "generate", str(TOKENS), stdin=json.dumps([prompts[index] for index in chosen])
+        )
+        assert [answer["tokens"] for answer in told] == [local[index] for index in chosen]
+        return told
+
+    settings = ["kvtransfer.handoff_timeout_s=3", "cluster.start_timeout_s=60"]
+    async with served(head, address, tmp_path / "stderr.txt", *settings) as (process, door):
+        assert answers(0)[0]["prefilled"] == "remote"
+        other.cut()
+        cut_at = time.monotonic()
+        assert answers(1)[0]["prefilled"] in ("local", "mixed")
+        first_s = time.monotonic() - cut_at
+        await eventually(
+            lambda: "prefill-0 actor lost" in (tmp_path / "stderr.txt").read_text(), "Ray noticed", 60
+        )
+        noticed_s = time.monotonic() - cut_at
+        other.mend()
+        mended_at = time.monotonic()
+
+        def back() -> bool:
+            workers = ask(head, door, "status")["workers"]
+            return any(worker["worker_id"] == "prefill-0" and worker.get("alive") for worker in workers)
+
+        await eventually(back, "the prefill worker is back", 150)
+        back_s = time.monotonic() - mended_at
+        assert answers(2)[0]["prefilled"] == "remote"
+        print(
+            f"first answer after the cut {first_s:.1f} s, Ray noticed in {noticed_s:.1f} s, back {back_s:.1f} s later"
+        )
+        await stop(process, tmp_path / "stderr.txt")

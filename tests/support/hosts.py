@@ -99,6 +99,15 @@ class Host:
         link: dict[str, Any] = json.loads(shown)[0]
         return int(link["stats64"]["rx"]["bytes"])
 
+    def cut(self) -> None:
+        """Takes the cable out."""
+        _ip("-netns", self.name, "link", "set", self.name, "down")
+
+    def mend(self) -> None:
+        """Puts the cable back; the kernel forgot the route that went over it."""
+        _ip("-netns", self.name, "link", "set", self.name, "up")
+        _ip("-netns", self.name, "route", "replace", "default", "dev", self.name)
+
     def processes(self) -> list[str]:
         """Command lines of all that runs there besides its init and the question itself."""
         lines = self.run("ps", "-e", "-o", "pid=,stat=,args=", timeout_s=START_S).splitlines()

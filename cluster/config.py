@@ -17,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.config_errors import ConfigError, did_you_mean, explain
+from engine.config_fields import UnsupportedModel
+from engine.model_folder import ModelNotFound, is_hub_name, resolve
 from kvtransfer.transports import TransportKind
 from router.policy import POLICIES
 
@@ -37,10 +39,10 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Which model, under which name, and how it is held in memory."""
 
-    path: str = (
-        "models/baton-tiny"  # a Hugging Face folder; relative to the file, else here, else the checkout
-    )
-    served_name: str = ""  # empty: the folder's name
+    # A Hugging Face folder (relative to the file, else here, else the checkout), or a name of the hub, such as
+    # Qwen/Qwen3-0.6B, which is fetched at start.
+    path: str = "models/baton-demo"
+    served_name: str = ""  # empty: the folder's name, or the name of the hub
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_model_len: NotNegative = 0  # 0: the model's own
 
@@ -100,7 +102,9 @@ class RouterSection(_Section):
     local_below_tokens: NotNegative = 256  # a shorter uncached suffix is prefilled where it is decoded
     max_prefill_waiting: Positive = 8
     max_active: Positive = 1024
-    log_format: Literal["text", "json"] = "text"  # of the router's log; json: one object a line, see docs/metrics.md
+    log_format: Literal["text", "json"] = (
+        "text"  # of the router's log; json: one object a line, see docs/metrics.md
+    )
 
     @field_validator("policy")
     @classmethod
@@ -228,8 +232,12 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
             tree["cluster"] = {"address": "auto", **section}
     where = str(path) if path is not None else "defaults"
     config = from_tree(tree, where)
-    folder = _find_model(config.model.path, Path(path).resolve().parent if path is not None else None)
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+    model = config.model
+    folder = _find_model(model.path, Path(path).resolve().parent if path is not None else None)
+    if folder is None:
+        folder = _fetch(model.path)
+        model = model.model_copy(update={"served_name": model.served_name or model.path})
+    return config.model_copy(update={"model": model.model_copy(update={"path": str(folder)})})
 
 
 def from_tree(tree: Mapping[str, Any], where: str) -> Config:
@@ -278,8 +286,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[section] = {**below, key: value}
 
 
-def _find_model(given: str, beside: Path | None) -> Path:
-    """The model's folder; relative paths are tried beside the file, here, and in the checkout."""
+def _fetch(name: str) -> Path:
+    """The folder of a model of the Hugging Face hub."""
+    try:
+        return resolve(name)
+    except (ModelNotFound, UnsupportedModel) as error:
+        raise ConfigError(f"model.path = {name!r}: {str(error).removeprefix(f'{name}: ')}") from None
+
+
+def _find_model(given: str, beside: Path | None) -> Path | None:
+    """The model's folder; relative paths are tried beside the file, here, and in the checkout.
+
+    None for what is no folder but may be a name of the hub.
+    """
     path = Path(given).expanduser()
     bases = [base for base in (beside, Path.cwd(), CHECKOUT) if base is not None]
     tried = [path] if path.is_absolute() else list(dict.fromkeys(base / path for base in bases))
@@ -293,6 +312,8 @@ def _find_model(given: str, beside: Path | None) -> Path:
             "without it; give a Hugging Face model folder with --set model.path=/path/to/folder or in the "
             "configuration file, or start Baton in a checkout"
         )
+    if is_hub_name(given) and not any(folder.exists() for folder in tried):
+        return None
     raise ConfigError(
         f"model.path = {given!r}: no config.json in {names}; give the path of a Hugging Face model folder"
     )

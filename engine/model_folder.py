@@ -32,6 +32,11 @@ class ModelNotFound(FileNotFoundError):
     """There is no such model folder, and the hub did not give one; the message says what to do."""
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether it could be the name of a model on the hub: org/name."""
+    return _HUB_ID.fullmatch(path) is not None
+
+
 def resolve(path: str | Path) -> Path:
     """The absolute path of the model's folder; `org/name` that is no folder is fetched from the hub.
 
@@ -41,7 +46,7 @@ def resolve(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if str(path) and folder.is_dir():
         return folder.resolve()
-    if not _HUB_ID.fullmatch(str(path)):
+    if not is_hub_name(str(path)):
         raise ModelNotFound(
             f"{path}: no such folder, nor the name of a model on the Hugging Face hub (org/name)"
         )

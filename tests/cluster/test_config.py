@@ -125,8 +125,8 @@ def test_a_broken_file_is_refused(tmp_path: Path, text: str, words: list[str]) -
 def test_a_missing_file_and_a_missing_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="model.path = 'no/where'.*config.json"):
-        load(None, ["model.path=no/where"])
+    with pytest.raises(ConfigError, match="model.path = './no/where'.*config.json"):
+        load(None, ["model.path=./no/where"])
 
 
 @pytest.mark.parametrize("override", ["decode.replicas", "replicas=2", "=2", "a.b.c=2", "decode.=1"])

@@ -160,7 +160,14 @@ class DecodeClient:
         )
 
     async def submit(
-        self, prompt: list[int], *, prefill: str = "", tokens: int = 64, n: int = 1, **sampling: Any
+        self,
+        prompt: list[int],
+        *,
+        prefill: str = "",
+        tokens: int = 64,
+        salt: str = "",
+        n: int = 1,
+        **sampling: Any,
     ) -> int:
         """Sends a request and returns its key. Greedy unless said otherwise."""
         key = self._next
@@ -174,6 +181,7 @@ class DecodeClient:
             prompt=prompt,
             prefill_worker=prefill,
             local_below_tokens=1,
+            salt=salt,
             n=n,
             sampling=pb.EngineSampling(**settings),
         )

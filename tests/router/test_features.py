@@ -236,6 +236,15 @@ async def test_logprobs_over_grpc(doors: Doors, piece: int) -> None:
     assert not any(response.tokens.HasField("logprobs") for response in await doors.grpc())
 
 
+async def test_logprobs_end_with_the_answer(doors: Doors) -> None:
+    """Tokens that came with the one that completed a stop string are dropped, and their log-probabilities too."""
+    doors.http.dispatcher.piece = 100
+    first, last = await doors.grpc(logprobs=1, stop=["brown"])
+    assert 0 < len(first.tokens.ids) < len(doors.http.codec.encode(TEXT))
+    assert list(first.tokens.logprobs.top_ids) == list(first.tokens.ids)
+    assert len(first.tokens.logprobs.chosen) == last.finished.completion_tokens == len(first.tokens.ids)
+
+
 async def test_prompt_over_grpc(doors: Doors) -> None:
     ids = doors.http.codec.encode(TEXT)
     first, *rest = await doors.grpc(echo=True, prompt_logprobs=1)

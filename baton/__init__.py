@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from baton.client import AsyncClient, AsyncStream, Client, Stream
-    from baton.conversation import Completion, Delta, Retry, Sampling, Usage
+    from baton.completion import Choice, Completion, Delta, EchoedPrompt, TokenLogprob, Usage
+    from baton.conversation import Retry, Sampling
     from baton.errors import BatonError, BrokenAnswer, DeadlineExceeded, InvalidRequest, NoRoom, Unavailable
 
 __all__ = [
@@ -20,15 +21,18 @@ __all__ = [
     "AsyncStream",
     "BatonError",
     "BrokenAnswer",
+    "Choice",
     "Client",
     "Completion",
     "DeadlineExceeded",
     "Delta",
+    "EchoedPrompt",
     "InvalidRequest",
     "NoRoom",
     "Retry",
     "Sampling",
     "Stream",
+    "TokenLogprob",
     "Unavailable",
     "Usage",
 ]
@@ -38,8 +42,11 @@ try:
 except PackageNotFoundError:  # running from a checkout that was not installed
     RELEASE = "0.0.0+checkout"
 
-_CLIENT = ("AsyncClient", "AsyncStream", "Client", "Stream")
-_CONVERSATION = ("Completion", "Delta", "Retry", "Sampling", "Usage")
+_HOMES = {
+    "client": ("AsyncClient", "AsyncStream", "Client", "Stream"),
+    "completion": ("Choice", "Completion", "Delta", "EchoedPrompt", "TokenLogprob", "Usage"),
+    "conversation": ("Retry", "Sampling"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -48,5 +55,5 @@ def __getattr__(name: str) -> Any:
 
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "client" if name in _CLIENT else "conversation" if name in _CONVERSATION else "errors"
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    home = next((module for module, names in _HOMES.items() if name in names), "errors")
+    return getattr(import_module(f"{__name__}.{home}"), name)

@@ -14,6 +14,7 @@ import random
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -22,7 +23,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.conversation import Completion, Conversation, Delta, Retry, Sampling, make_request
+from baton.completion import Completion, Delta
+from baton.conversation import Conversation, Retry, Sampling, make_request
 from baton.errors import DeadlineExceeded, Unavailable, from_rpc
 from baton.rpc import MAX_MESSAGE_BYTES
 from baton.v1 import inference_pb2 as api
@@ -108,6 +110,7 @@ class _Answer:
         self._conversation = conversation
         self._call: Any = None
         self._over = False
+        self._ready: deque[Delta] = deque()  # of one response, not taken yet
 
     @property
     def request_id(self) -> str:
@@ -134,6 +137,7 @@ class _Answer:
     def _end(self) -> None:
         """Nothing more comes; a call that is not over is cancelled."""
         self._over = True
+        self._ready.clear()
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
@@ -150,6 +154,8 @@ class Stream(_Answer):
         return self
 
     def __next__(self) -> Delta:
+        if self._ready:
+            return self._ready.popleft()
         if not self._over and (delta := self._next()) is not None:
             return delta
         raise StopIteration
@@ -170,8 +176,9 @@ class Stream(_Answer):
                 if response is None:
                     self._conversation.call_ended()
                     break
-                if (delta := self._conversation.take(response)) is not None:
-                    return delta
+                self._ready.extend(self._conversation.take(response))
+                if self._ready:
+                    return self._ready.popleft()
         except BaseException:
             self._end()
             raise
@@ -199,6 +206,8 @@ class AsyncStream(_Answer):
         return self
 
     async def __anext__(self) -> Delta:
+        if self._ready:
+            return self._ready.popleft()
         if not self._over and (delta := await self._next()) is not None:
             return delta
         raise StopAsyncIteration
@@ -216,8 +225,9 @@ class AsyncStream(_Answer):
                 if response is grpc.aio.EOF:
                     self._conversation.call_ended()
                     break
-                if (delta := self._conversation.take(response)) is not None:
-                    return delta
+                self._ready.extend(self._conversation.take(response))
+                if self._ready:
+                    return self._ready.popleft()
         except BaseException:
             self._end()
             raise

@@ -11,59 +11,41 @@ and `AsyncStream` in `baton.client` are the shells: they make the calls, sleep t
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from baton.completion import Choice, Completion, Delta, EchoedPrompt, Garbled, Growth, Usage, token_logprobs
 from baton.errors import BatonError, BrokenAnswer, DeadlineExceeded, InvalidRequest, NoRoom, Unavailable
 from baton.v1 import inference_pb2 as api
 
 
 class Sampling(TypedDict, total=False):
-    """How to draw tokens: `SamplingParams` of inference.proto. Absent or None: the model's own, then the default."""
+    """How to answer: `SamplingParams` of inference.proto, and two fields of the request beside it.
+
+    Absent or None: the model's own, then the default of the field.
+    """
 
     temperature: float | None  # 0 = greedy
     top_k: int | None  # 0 = off
     top_p: float | None
+    min_p: float | None
     seed: int | None  # drawn by the client when absent
     max_tokens: int | None
+    min_tokens: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Some more of an answer. Text waits for whole characters and possible stop strings; ids do not."""
-
-    first_index: int  # position of the first id within the answer
-    token_ids: list[int]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int  # of the prompt, found in the prefix cache of the worker that decoded
-
-    @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer. `trace`: where it was computed and how long each phase took, see inference.proto."""
-
-    text: str
-    token_ids: list[int]
-    reason: str  # "stop" | "length"
-    usage: Usage
-    trace: api.Trace
-    request_id: str
-    seed: int | None  # asks for this very answer again; None for a greedy one
-    calls: int  # how many it took; 1 when nothing went wrong
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: int | None  # of each token, with so many of the likeliest
+    prompt_logprobs: int | None
+    n: int | None  # answers to the same prompt
+    echo: bool | None  # tell the prompt too: `Completion.prompt`
+    priority: int | None  # less is more urgent
+    cache_salt: str | None  # requests with different salts share no cached KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +63,11 @@ class Retry:
 
 
 def make_request(
-    prompt: str | Sequence[int], request_id: str, model: str, sampling: Sampling, draw_seed: Callable[[], int]
+    prompt: str | Sequence[int], request_id: str, model: str, asked: Sampling, draw_seed: Callable[[], int]
 ) -> api.GenerateRequest:
     """The message; raises TypeError for an unknown field and InvalidRequest for a value that no message can hold."""
-    given = {name: value for name, value in sampling.items() if value is not None}
+    given = {name: value for name, value in asked.items() if value is not None}
+    beside = {name: given.pop(name) for name in ("priority", "cache_salt") if name in given}
     unknown = given.keys() - api.SamplingParams.DESCRIPTOR.fields_by_name.keys()
     if unknown:
         raise TypeError(f"unknown sampling field {', '.join(sorted(unknown))}")
@@ -96,7 +79,7 @@ def make_request(
         # Every request can be asked again: without a temperature of 0 it may be drawn, and then from our seed.
         if not params.HasField("seed") and not (params.HasField("temperature") and params.temperature == 0):
             params.seed = draw_seed()
-        request = api.GenerateRequest(request_id=request_id, model=model, sampling=params)
+        request = api.GenerateRequest(request_id=request_id, model=model, sampling=params, **beside)  # type: ignore[arg-type]
         if isinstance(prompt, str):
             request.text = prompt
         else:
@@ -118,12 +101,9 @@ class Conversation:
         self._retry = retry
         self._chance = chance
         self._calls = 0
-        self._ids: list[int] = []  # what the caller has
-        self._parts: list[str] = []
-        self._chars = 0
-        self._earlier = ""  # the caller's text when this call began
-        self._ids_at = 0  # how far this call's answer has come
-        self._chars_at = 0
+        self._choices = [Growth(index) for index in range(max(1, request.sampling.n))]
+        self._prompt: api.Prompt | None = None
+        self._with_logprobs = request.sampling.HasField("logprobs")
 
     def begin_call(self, now: float) -> float:
         """A call is made now; returns its time-out. Raises DeadlineExceeded."""
@@ -131,31 +111,28 @@ class Conversation:
         if remaining_s <= 0:
             raise DeadlineExceeded("the time for the answer is over", request_id=self.request.request_id)
         self._calls += 1
-        self._ids_at = self._chars_at = 0
-        self._earlier = "".join(self._parts)
+        self._prompt = None
+        for choice in self._choices:
+            choice.restart()
         return remaining_s
 
-    def take(self, response: object) -> Delta | None:
-        """What a response adds for the caller, None when nothing. Raises BrokenAnswer."""
+    def take(self, response: object) -> list[Delta]:
+        """What a response adds for the caller, often one delta. Raises BrokenAnswer."""
         if self.completion is not None:
             raise self._broken("the server went on after the end of the answer")
         kind = response.WhichOneof("event") if isinstance(response, api.GenerateResponse) else None
         if kind is None:
             raise self._broken("the server sent what is not a response of baton.v1.Inference")
         assert isinstance(response, api.GenerateResponse)
-        if kind == "tokens":
-            tokens = response.tokens
-            return self._advance(tokens.first_index, list(tokens.ids), tokens.text)
-        finished = response.finished
-        if finished.completion_tokens != self._ids_at or self._ids_at < len(self._ids):
-            raise self._broken(
-                f"the answer ended with {finished.completion_tokens} tokens, {max(self._ids_at, len(self._ids))} came"
-            )
-        delta = self._advance(self._ids_at, [], finished.text)
-        if self._chars_at < self._chars:
-            raise self._broken("the answer that was asked for again has less text")
-        self.completion = self._complete(finished)
-        return delta
+        try:
+            if kind == "tokens":
+                return self._take_tokens(response.tokens)
+            if kind == "finished":
+                return self._finish(response.finished)
+            self._take_prompt(response.prompt)
+        except Garbled as error:
+            raise self._broken(str(error)) from None
+        return []
 
     def call_ended(self) -> None:
         """The call ended well. Raises BrokenAnswer when the answer had not."""
@@ -171,46 +148,59 @@ class Conversation:
             raise error from None  # says more than that the time was over after a pause for nothing
         return pause_s
 
-    def _advance(self, first_index: int, ids: list[int], text: str) -> Delta | None:
-        if first_index != self._ids_at:
-            raise self._broken(f"token {self._ids_at} was due, token {first_index} came")
-        fresh_ids, fresh_text = ids, text
-        known = min(len(ids), len(self._ids) - self._ids_at)
-        if known > 0:
-            if self._ids[self._ids_at : self._ids_at + known] != ids[:known]:
-                raise self._broken(
-                    "the answer that was asked for again differs from what came before the break"
-                )
-            fresh_ids = ids[known:]
-        known = min(len(text), self._chars - self._chars_at)
-        if known > 0:
-            if self._earlier[self._chars_at : self._chars_at + known] != text[:known]:
-                raise self._broken(
-                    "the text that was asked for again differs from what came before the break"
-                )
-            fresh_text = text[known:]
-        self._ids_at += len(ids)
-        self._chars_at += len(text)
-        if not fresh_ids and not fresh_text:
-            return None
-        delta = Delta(len(self._ids), fresh_ids, fresh_text)
-        self._ids += fresh_ids
-        self._parts.append(fresh_text)
-        self._chars += len(fresh_text)
-        return delta
+    def _take_tokens(self, tokens: api.Tokens) -> list[Delta]:
+        if tokens.choice >= len(self._choices):
+            raise Garbled(f"tokens of choice {tokens.choice} came, {len(self._choices)} were asked for")
+        ids = list(tokens.ids)
+        logprobs = token_logprobs(ids, tokens.logprobs) if self._with_logprobs else None
+        delta = self._choices[tokens.choice].advance(tokens.first_index, ids, tokens.text, logprobs)
+        return [] if delta is None else [delta]
 
-    def _complete(self, finished: api.Finished) -> Completion:
+    def _take_prompt(self, piece: api.Prompt) -> None:
+        if self._prompt is None:
+            self._prompt = api.Prompt()
+        if piece.first_index != len(self._prompt.ids):
+            raise Garbled(f"prompt token {len(self._prompt.ids)} was due, {piece.first_index} came")
+        self._prompt.MergeFrom(piece)  # appends ids and log-probabilities; only the first piece has text
+
+    def _finish(self, finished: api.Finished) -> list[Delta]:
+        # A server that knows of no choices tells of the only one.
+        ends = list(finished.choices) or [
+            api.Choice(
+                reason=finished.reason, text=finished.text, completion_tokens=finished.completion_tokens
+            )
+        ]
+        if len(ends) != len(self._choices):
+            raise Garbled(f"{len(ends)} choices ended, {len(self._choices)} were asked for")
+        deltas: list[Delta] = []
+        choices: list[Choice] = []
+        for growth, end in zip(self._choices, ends, strict=True):
+            delta = growth.advance(growth.ids_at, [], end.text)
+            choices.append(growth.finish(end, with_logprobs=self._with_logprobs))
+            if delta is not None:
+                deltas.append(delta)
+        self.completion = self._complete(finished, choices)
+        return deltas
+
+    def _complete(self, finished: api.Finished, choices: list[Choice]) -> Completion:
         params = self.request.sampling
         return Completion(
-            text="".join(self._parts),
-            token_ids=list(self._ids),
-            reason=finished.reason,
+            choices=choices,
             usage=Usage(finished.prompt_tokens, finished.completion_tokens, finished.trace.cached_tokens),
             trace=finished.trace,
             request_id=finished.request_id or self.request.request_id,
             seed=params.seed if params.HasField("seed") else None,
             calls=self._calls,
+            prompt=self._told_prompt(),
         )
+
+    def _told_prompt(self) -> EchoedPrompt | None:
+        prompt = self._prompt
+        if prompt is None:
+            return None
+        wanted = self.request.sampling.HasField("prompt_logprobs")
+        logprobs = token_logprobs(prompt.ids[1:], prompt.logprobs) if wanted else None
+        return EchoedPrompt(list(prompt.ids), prompt.text, logprobs)
 
     def _broken(self, message: str) -> BrokenAnswer:
         return BrokenAnswer(message, request_id=self.request.request_id)

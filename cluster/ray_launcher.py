@@ -15,6 +15,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from cluster.ray_actor import WorkerActor
 from cluster.specs import Place
 from worker.spec import Role, Started, WorkerSpec
 
-_LOCAL_PLACEMENT_S = 10.0
-_PLACEMENT_POLL_S = 0.25
+_LOCAL_PLACEMENT_S = 5.0
+_PLACEMENT_POLL_S = 0.05
 _UNFINISHED_OPEN_S = 3.0
 _OBJECT_STORE_BYTES = 80 << 20  # nothing is put there; Ray demands some
 
@@ -191,10 +192,12 @@ class RayLauncher:
         timeout_s = _LOCAL_PLACEMENT_S if self.local else self._start_timeout_s
         group = await asyncio.to_thread(_ask_for, bundle, spec)
         try:
-            # In small waits: a thread that waits long would hold up the end of the process.
-            for _ in range(max(1, round(timeout_s / _PLACEMENT_POLL_S))):
-                if await asyncio.to_thread(group.wait, _PLACEMENT_POLL_S):
+            # Asked again and again: Ray would wait whole seconds, in a thread that holds up the end of the process.
+            deadline = time.monotonic() + timeout_s
+            while time.monotonic() < deadline:
+                if await asyncio.to_thread(group.wait, 0):
                     return group
+                await asyncio.sleep(_PLACEMENT_POLL_S)
         except BaseException:
             await asyncio.to_thread(_discard, None, group)
             raise

@@ -168,11 +168,14 @@ def test_a_node_without_the_model_and_a_resource_without_a_node_are_named(
         answer.stdout,
     ), answer.stdout + answer.stderr
     assert "Ray has no room for 0.25 CPU, 2 nowhere (the cluster has 4 CPU, 0 GPU, 0 nowhere" in answer.stdout
-    assert "or add nodes that have what decode.resources asks for" in answer.stdout
+    waited = re.search(
+        r"or add nodes that have what decode.resources asks for \(after (\S+) s\)", answer.stdout
+    )
+    assert waited and 1.0 <= float(waited[1]) < 10.0, answer.stdout
 
 
 ASK_THE_LAUNCHER = """
-import asyncio, sys
+import asyncio, sys, time
 from pathlib import Path
 from cluster.process import StartError
 from cluster.ray_launcher import RayLauncher
@@ -186,10 +189,11 @@ async def main():
     await launcher.open()
     spec = WorkerSpec(role="decode", worker_id="decode-0", incarnation="i", token="t", model_path="/no/such/model")
     for resources in {}, {"nowhere": 2.0}:
+        begun = time.monotonic()
         try:
             await launcher.start_worker(spec, Place(0.25, 0, resources=resources))
         except StartError as error:
-            print(error, flush=True)
+            print(error, f"(after {time.monotonic() - begun:.1f} s)", flush=True)
         launcher._start_timeout_s = 1.0
     await launcher.close()
 

@@ -99,6 +99,7 @@ class BlockLedger:
         for block in blocks:
             if self._state[block] is not BlockState.HELD:
                 raise LedgerError(f"block {block} to be held once more is {self._state[block].name}")
+        for block in blocks:
             self._holders[block] += 1
 
     def publish(self, block: int, name: bytes) -> None:

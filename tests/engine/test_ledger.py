@@ -245,3 +245,24 @@ class SlotMachine(RuleBasedStateMachine):
 
 SlotMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestSlots = SlotMachine.TestCase
+
+
+def test_a_fork_is_one_more_holder() -> None:
+    """A block is free or cached again only when every holder has released it; only held blocks can be held more."""
+    ledger = BlockLedger(4, 16)
+    taken = ledger.take(2)
+    assert taken is not None
+    ledger.publish(taken[0], b"name")
+    ledger.hold(taken)
+    ledger.hold(taken[:1])
+    ledger.release(taken)
+    ledger.release(taken)
+    assert (ledger.held, ledger.free, ledger.cached) == (1, 3, 0)
+    with pytest.raises(LedgerError):
+        ledger.hold(taken)  # the second is free
+    ledger.check()
+    ledger.release(taken[:1])
+    assert (ledger.held, ledger.free, ledger.cached) == (0, 3, 1)
+    with pytest.raises(LedgerError):
+        ledger.hold(taken[:1])  # cached: nobody holds it
+    ledger.check(at_rest=True)

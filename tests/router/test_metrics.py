@@ -230,6 +230,23 @@ async def test_workers_as_they_last_reported(tmp_path: Path) -> None:
         assert now("process_resident_memory_bytes")
 
 
+async def test_every_metric_is_documented(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    async with deployed(tmp_path, HandWorker(_answer)) as one:
+        await one.ask(text="x")
+        for name, kind in (await one.scrape()).types.items():
+            counted = name.startswith("baton_worker_") and name.rpartition("_")[2] in (
+                "fallbacks",
+                "preemptions",
+            )
+            if counted:
+                assert f"`{name.removeprefix('baton_worker_')}`" in page
+            elif name.startswith("baton_worker_") and kind == "gauge":
+                assert f"`{name}`" in page or f"`{name.removeprefix('baton_worker')}`" in page, name
+            elif name.startswith("baton_"):
+                assert f"`{name}{'_total' * (kind == 'counter')}`" in page, name
+
+
 async def test_openmetrics_is_spoken_too(tmp_path: Path) -> None:
     async with deployed(tmp_path, HandWorker(_answer)) as one, httpx.AsyncClient() as client:
         answer = await client.get(

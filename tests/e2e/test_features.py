@@ -21,7 +21,8 @@ TOP = 4
 async def _grpc(
     deployment: Deployment, **sampling: Any
 ) -> tuple[list[api.Prompt], list[api.Tokens], api.Finished]:
-    prompts, tokens = [], []
+    prompts: list[api.Prompt] = []
+    tokens: list[api.Tokens] = []
     request = api.GenerateRequest(text=PROMPT, sampling=api.SamplingParams(**sampling))
     async for response in deployment.stub.Generate(request, timeout=60):
         if response.HasField("finished"):
@@ -102,7 +103,7 @@ async def _choices(deployment: Deployment, client: openai.AsyncOpenAI) -> None:
     assert finished.trace.cached_tokens > 0
     extra = {"ignore_eos": True, "return_token_ids": True}
     whole = await client.completions.create(model="baton-tiny", prompt=PROMPT, n=3, **how, extra_body=extra)
-    assert [choice.token_ids for choice in whole.choices] == over_grpc  # type: ignore[attr-defined]
+    assert [choice.token_ids for choice in whole.choices] == over_grpc
     assert whole.usage is not None and whole.usage.completion_tokens == 36
     details = whole.usage.prompt_tokens_details
     assert details is not None and details.cached_tokens and details.cached_tokens > 0
@@ -111,7 +112,7 @@ async def _choices(deployment: Deployment, client: openai.AsyncOpenAI) -> None:
         model="baton-tiny", prompt=PROMPT, n=3, stream=True, **how, extra_body=extra
     ):
         for choice in chunk.choices:
-            streamed[choice.index] += choice.token_ids  # type: ignore[attr-defined]
+            streamed[choice.index] += choice.token_ids
     assert streamed == over_grpc
 
 
@@ -126,12 +127,12 @@ async def _penalties(deployment: Deployment, client: openai.AsyncOpenAI) -> None
         model="baton-tiny", prompt=PROMPT, **openais,
         extra_body={**how, "ignore_eos": True, "return_token_ids": True},
     )  # fmt: skip
-    assert answer.choices[0].token_ids == over_grpc  # type: ignore[attr-defined]
+    assert answer.choices[0].token_ids == over_grpc
     forced = await client.completions.create(
         model="baton-tiny", prompt=PROMPT, max_tokens=5, logit_bias={"65": 100},
         extra_body={"return_token_ids": True},
     )  # fmt: skip
-    assert forced.choices[0].token_ids == [65] * 5  # type: ignore[attr-defined]
+    assert forced.choices[0].token_ids == [65] * 5
     stops = {"stop_token_ids": plain[:3], "temperature": 0, "max_tokens": 16, "ignore_eos": True}
     assert len(_ids((await _grpc(deployment, **stops))[1])) == 1
     held = _ids((await _grpc(deployment, **stops, min_tokens=6))[1])

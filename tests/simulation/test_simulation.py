@@ -233,8 +233,8 @@ class KeepsBlocks(DecodeRole):
 
 
 class EndsTwice(DecodeRole):
-    def _end(self, request: Any, reason: Any, detail: str, now: float) -> Any:
-        end = super()._end(request, reason, detail, now)
+    def _end(self, request: Any, choice: int, reason: Any, now: float) -> Any:
+        end = super()._end(request, choice, reason, now)
         self._actions.append(end)
         return end
 
@@ -244,6 +244,16 @@ class SharesTooMuch(BlockLedger):
 
     def share(self, hashes: list[bytes]) -> list[int]:
         return super().share([hashes[0]] * len(hashes)) if hashes else []
+
+
+class ForksWithoutCopies(DecodeRole):
+    """The choices of a request read a block that nobody has filled."""
+
+    def schedule(self, now: float) -> Any:
+        plan = super().schedule(now)
+        if plan is not None:
+            plan.copies.clear()
+        return plan
 
 
 def with_decode(role: type[DecodeRole]) -> Callable[[NodeSpec, Hello, BlockLedger], SimRole]:
@@ -299,6 +309,7 @@ CRAMPED = {"blocks": 40, "prefill_blocks": 24, "requests": 60, "load_s": 0.1, "t
         ({"make": with_decode(SaysTokensTwice)}, {}, "token 0 came after 1 tokens"),
         ({"make": with_decode(KeepsBlocks)}, {"cancels": 0.5}, "at rest, but"),
         ({"make": with_decode(EndsTwice)}, {}, "a second end"),
+        ({"make": with_decode(ForksWithoutCopies)}, {"forks": 0.7}, "is not its own"),
         ({"make": shares_too_much}, {"twins": 0.5}, "is not its own"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

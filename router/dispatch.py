@@ -37,6 +37,7 @@ from router.view import ClusterView
 log = logging.getLogger("baton.router")
 
 RETRY_AFTER_S = 1.0
+STOP_S = 2.0  # for the end of a request that was stopped: about a step
 
 
 class Flight:
@@ -100,7 +101,7 @@ class WorkerDispatcher:
     def active(self) -> int:
         return len(self._flights)
 
-    async def generate(self, prompt: Prompt) -> AsyncGenerator[Event, None]:
+    async def generate(self, prompt: Prompt) -> AsyncGenerator[Event, bool | None]:
         """See `Dispatcher.generate`."""
         if len(self._flights) >= self.spec.max_active:
             raise Refused(
@@ -116,11 +117,32 @@ class WorkerDispatcher:
                 ended = isinstance(event, Ended | Refused)
                 if isinstance(event, Refused):
                     raise event
-                yield event
+                enough = yield event
+                if enough and not ended:
+                    ended = await self._stopped(flight)
+                    yield Ended(
+                        "stop",
+                        flight.account.trace or Trace(),
+                        flight.decision.decode_worker,
+                        flight.decision.reason,
+                    )
         finally:
             if not ended:  # the client is gone: nobody is to work for it any longer
                 flight.link.send(pb.ToWorker(cancel=pb.Cancel(key=flight.key)))
                 self._land(flight)
+
+    async def _stopped(self, flight: Flight) -> bool:
+        """Cancels a request of which enough has come, and waits for its end, which brings its trace. False when the
+        worker does not say so in time."""
+        flight.link.send(pb.ToWorker(cancel=pb.Cancel(key=flight.key)))
+        try:
+            async with asyncio.timeout(STOP_S):
+                while not isinstance(event := await flight.next(), Refused):
+                    if isinstance(event, Ended) and flight.account.trace is not None:
+                        break
+        except TimeoutError:
+            return False
+        return True
 
     def _submit(self, prompt: Prompt) -> Flight:
         uncached = len(prompt.tokens) - 1

@@ -97,9 +97,10 @@ Event = NewTokens | PromptScores | ChoiceEnded | Ended
 
 
 class Dispatcher(Protocol):
-    def generate(self, prompt: Prompt) -> AsyncGenerator[Event, None]:
+    def generate(self, prompt: Prompt) -> AsyncGenerator[Event, bool | None]:
         """Yields NewTokens (and the rest) as they come and one Ended last. Raises Refused, before or in the middle.
 
+        `asend(True)` says that enough has come: the request is cancelled and Ended, with its trace, is yielded next.
         Closing the generator early (`aclose`, cancellation) cancels the request everywhere.
         """
 

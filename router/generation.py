@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from router.call import (
     prompt_param,
     sampling_params,
 )
-from router.dispatch_api import Dispatcher, Ended, Prompt, PromptScores, RefusalKind, Refused
+from router.dispatch_api import Dispatcher, Ended, Event, Prompt, PromptScores, RefusalKind, Refused
 from router.text import ChatTemplateError, StopMatcher, TextCodec
 
 __all__ = [
@@ -107,13 +107,23 @@ class Generation:
                         if len(end.choices) < prompt.n or isinstance(new, TextDelta):
                             yield new
                     if len(end.choices) == prompt.n:
+                        if (
+                            end.trace is None
+                        ):  # a stop string ended it: the worker's account of it is still to come
+                            await self._account_for(end, events)
                         break
                 else:
                     raise Refused(RefusalKind.INTERNAL, "the token stream broke off without an end")
-            # The dispatcher's generator is closed by now: after a stop string, the cancel is on its way.
             account.generated_tokens = end.completion_tokens
             account.outcome = end.reason
             yield end
+
+    async def _account_for(self, end: TextEnd, events: AsyncGenerator[Event, bool | None]) -> None:
+        """Ends the request at the dispatcher; where and how its prompt was prefilled comes with that."""
+        with suppress(StopAsyncIteration):
+            event = await events.asend(True)
+            if isinstance(event, Ended):
+                end.trace, end.decode_worker, end.decision = event.trace, event.decode_worker, event.decision
 
     def _answer(self, call: GenerateCall, prompt: Prompt, choice: int) -> Answer:
         return Answer(

@@ -87,7 +87,7 @@ class EchoDispatcher:
             prefilled="remote", prefill_worker="prefill-0", cached_tokens=3, handoff_bytes=4096
         )
 
-    async def generate(self, prompt: Prompt) -> AsyncGenerator[Event, None]:
+    async def generate(self, prompt: Prompt) -> AsyncGenerator[Event, bool | None]:
         self.prompts.append(prompt)
         if self.refusal is not None and self.refuse_at is None:
             raise self.refusal
@@ -107,7 +107,11 @@ class EchoDispatcher:
                     piece = ids[start : start + self.piece]
                     if piece:
                         logprobs = None if top is None else made_up(piece, top)
-                        yield NewTokens(start, piece, choice, logprobs)
+                        if (yield NewTokens(start, piece, choice, logprobs)):
+                            self.cancelled.append(prompt.request_id)
+                            ended = True
+                            yield Ended("stop", self.trace, "decode-0", "remote: 9 uncached >= 4")
+                            return
                     if choice and len(piece) and start + self.piece >= len(ids):
                         yield ChoiceEnded(choice, reason)
             ids, reason = answers[0]

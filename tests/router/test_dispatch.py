@@ -264,3 +264,35 @@ async def test_prompt_logprobs_are_computed_on_the_decode_worker() -> None:
         assert decision.prefill_worker is None and "log-probabilities" in decision.reason
     remote = choose(POLICIES["always-remote"], replace(asked, prompt_logprobs=False), cluster.view, 0.0)
     assert remote.prefill_worker == "prefill-0"
+
+
+async def test_enough_has_come_ends_the_request_with_its_trace() -> None:
+    """A stop string: the worker is told, and what it says of the request is not lost."""
+    worker = HandWorker(lambda s: [_tokens(s.key, 0, 7)])
+    async with dispatching(worker) as (dispatcher, _):
+        flight = dispatcher.generate(_prompt())
+        assert await anext(flight) == NewTokens(0, [7])
+        ending = asyncio.create_task(flight.asend(True))
+        async with asyncio.timeout(10):
+            while not worker.cancels:
+                worker.told.clear()
+                await worker.told.wait()
+        end = pb.RequestEnd(key=worker.cancels[0], reason="cancelled", trace=api.Trace(prefilled="remote"))
+        worker._outbox.put_nowait(pb.FromWorker(ends=[end]))
+        ended = await asyncio.wait_for(ending, 10)
+        assert isinstance(ended, Ended)
+        assert (ended.reason, ended.trace.prefilled, ended.decode_worker) == ("stop", "remote", "decode-0")
+        assert [event async for event in flight] == []
+        assert dispatcher.active == 0 and len(worker.cancels) == 1
+
+
+async def test_enough_has_come_but_the_worker_does_not_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.dispatch.STOP_S", 0.05)
+    worker = HandWorker(lambda s: [_tokens(s.key, 0, 7)])
+    async with dispatching(worker) as (dispatcher, _):
+        flight = dispatcher.generate(_prompt())
+        await anext(flight)
+        ended = await asyncio.wait_for(flight.asend(True), 10)
+        assert isinstance(ended, Ended) and ended.reason == "stop"
+        await flight.aclose()
+        assert dispatcher.active == 0

@@ -270,7 +270,7 @@ async def test_stop_string_ends_text_and_ids_and_cancels(made: Made, piece: int)
     call = GenerateCall(text="x", request_id="r", stop=["fox ju", "lazy"])
     deltas, end = await collect(generation, call)
     assert whole_text(deltas, end) == "the quick brown "
-    assert (end.reason, end.trace) == ("stop", None)
+    assert (end.reason, end.trace) == ("stop", dispatcher.trace)
     ids = [token_id for delta in deltas for token_id in delta.ids]
     assert end.completion_tokens == len(ids)
     assert "fox ju" in codec.decode(ids)

@@ -107,7 +107,7 @@ async def test_stop_string(served: Served) -> None:
     )
     assert "".join(response.tokens.text for response in tokens) + last.finished.text == "the quick "
     assert last.finished.reason == "stop"
-    assert not last.finished.HasField("trace")
+    assert last.finished.trace.prefilled == "remote"
     await until(lambda: served.dispatcher.cancelled == ["r"])
 
 

@@ -238,7 +238,7 @@ async def test_stop_string(served: Served) -> None:
     )
     answer = response.json()
     assert answer["choices"][0]["text"] == "the quick "
-    assert answer["baton"] == {"request_id": "r"}
+    assert answer["baton"]["request_id"] == "r" and answer["baton"]["prefilled"] == "remote"
     assert served.dispatcher.cancelled == ["r"]
 
 

@@ -9,11 +9,11 @@ import time
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 
 class Report:
-    """Spinners on a terminal until all is ready; one line for each event everywhere."""
+    """A spinner and a bar for each process on a terminal until all is ready; one line for each event everywhere."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False)
@@ -26,6 +26,7 @@ class Report:
             self._progress = Progress(
                 SpinnerColumn(finished_text="[green]✓"),
                 TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
                 TimeElapsedColumn(),
                 console=self._console,
                 transient=True,
@@ -40,11 +41,18 @@ class Report:
 
     def starting(self, name: str) -> None:
         if self._progress is not None and name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(f"starting {name}", total=1)
+            self._tasks[name] = self._progress.add_task(f"starting {name}", total=100)
+
+    def loading(self, name: str, percent: int) -> None:
+        """So much of the weights is read."""
+        if self._progress is not None and name in self._tasks:
+            self._progress.update(
+                self._tasks[name], completed=min(percent, 99), description=f"{name} loads its weights"
+            )
 
     def ready(self, name: str, detail: str) -> None:
         if self._progress is not None and name in self._tasks:
-            self._progress.update(self._tasks[name], completed=1, description=f"{name} ready")
+            self._progress.update(self._tasks[name], completed=100, description=f"{name} ready")
         self.line(f"{name} ready: {detail}")
 
     def line(self, text: str, style: str = "") -> None:

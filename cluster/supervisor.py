@@ -8,6 +8,7 @@ tried for ever, ever more slowly. Called by `cluster.cli`; knows launchers only 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -31,6 +32,7 @@ from cluster.specs import Seat
 from router.spec import RouterSpec, RouterStarted
 from worker.spec import Started
 
+_WEIGHTS = re.compile(r"weights: (\d+) %")  # see worker.rank
 _ASK_S = 3.0  # deadline of one Describe or Status
 _ASK_EVERY_S = 1.0
 _ASK_EVERY_AT_START_S = 0.1
@@ -227,6 +229,8 @@ class Supervisor:
         self._report.starting("links")
         deadline = time.monotonic() + self._settings.start_timeout_s
         while missing := await self._missing():
+            for worker_id in self._absent():
+                self._show_loading(worker_id)
             if self._absent():
                 # Starting is bounded for each process by itself, with a better message.
                 deadline = time.monotonic() + self._settings.start_timeout_s
@@ -239,6 +243,12 @@ class Supervisor:
         self._was_ready.set()
         self._report.close()
         announce(self._router)
+
+    def _show_loading(self, worker_id: str) -> None:
+        """A worker says in its log how much of a large model it has read."""
+        read = _WEIGHTS.findall(self._launcher.log_tail(worker_id))
+        if read:
+            self._report.loading(worker_id, int(read[-1]))
 
     def _absent(self) -> list[str]:
         present = {

@@ -41,7 +41,7 @@ while [ $# -gt 0 ]; do
 done
 
 # One secret for the whole cluster: who has it may run anything on every node.
-token=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
+token=$(realpath -m "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}")
 prepare_token() {
   [ -s "$token" ] && return
   [ $role = head ] || die "no token at $token: copy it from the head with the command that its up.sh printed"
@@ -78,7 +78,7 @@ start_ray() {
   arguments+=(--object-store-memory=268435456)
   if [ -n "$ip" ]; then arguments+=(--node-ip-address="$ip"); fi
   if [ $role = head ]; then
-    # Ray notices a lost machine after a minute unless told otherwise; here after some six seconds. Workers at nice 15,
+    # Ray notices a lost machine after a minute unless told otherwise; here after five to ten seconds. Workers at nice 15,
     # its default, would let any other process of the machine stop the tokens.
     arguments+=(--head --port="$port" --system-config='{"health_check_initial_delay_ms": 1000,
       "health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 5,
@@ -134,7 +134,7 @@ The Ray head runs at $self. Log: $log. End it: $root/scripts/cluster/down.sh
 On each other machine, in a checkout of the same release:
   mkdir -p -m 700 ~/.ray && scp -p ${self%:*}:$token ~/.ray/auth_token && scripts/cluster/up.sh join $self
 Then, here:
-  RAY_AUTH_MODE=token $venv/bin/baton serve --address $self [CONFIG.yaml]
+  RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token $venv/bin/baton serve --address $self [CONFIG.yaml]
 NEXT
 }
 
@@ -154,7 +154,8 @@ wait_until_up() {
 
 venv=${BATON_VENV:-$root/.venv}
 if [ -z "$foreground" ]; then
-  if [ -s "$state/pid" ] && kill -0 "$(cat "$state/pid")" 2>/dev/null; then
+  # By its command line too: the number may have come to be someone else's.
+  if [ -s "$state/pid" ] && grep -qs "up.sh" "/proc/$(cat "$state/pid")/cmdline"; then
     die "this machine is a node already (process $(cat "$state/pid")); end it with scripts/cluster/down.sh"
   fi
   [ -n "${BATON_VENV:-}" ] || "$root/scripts/setup"

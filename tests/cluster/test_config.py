@@ -73,6 +73,18 @@ def test_the_tree_is_frozen() -> None:
         ({"decode": {"tensor_parallel": 2}}, ["decode.tensor_parallel = 2", "use 1"]),
         ({"prefill": {"block_size": 32}}, ["prefill.block_size = 32", "decode.block_size = 16", "equal"]),
         ({"model": {"dtype": "float23"}}, ["model.dtype = 'float23'", "'float32'", "did you mean 'float32'"]),
+        (
+            {"cluster": {"address": "ray://h:10001"}},
+            ["cluster.address = 'ray://h:10001'", "HOST:PORT of a Ray head"],
+        ),
+        (
+            {"decode": {"resources": {"fast": 1}}},
+            ["decode.resources", "cluster.address is 'local'", "HOST:PORT"],
+        ),
+        (
+            {"decode": {"resources": {"fast": 0}}, "cluster": {"address": "auto"}},
+            ["decode.resources.fast = 0", "more than 0"],
+        ),
         ({"router": {"http": "localhost"}}, ["router.http = 'localhost'", "HOST:PORT"]),
         ({"router": {"http": "localhost:99999"}}, ["router.http", "HOST:PORT"]),
         ({"router": {"http": "a:1", "grpc": "a:1"}}, ["router.http = router.grpc = 'a:1'", "change one"]),
@@ -171,3 +183,28 @@ def test_the_router_is_told_how_to_log(model: Path) -> None:
     assert specs.router_spec(config, facts, "secret").log_format == "json"
     assert specs.router_spec(load(None, [f"model.path={model}"]), facts, "secret").log_format == "text"
     assert "router.log_format = 'xml': must be 'text' or 'json'" in refused({"router": {"log_format": "xml"}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "bind", "advertise"),
+    [
+        ([], "127.0.0.1", "127.0.0.1"),
+        (["cluster.bind_host=0.0.0.0"], "0.0.0.0", "127.0.0.1"),
+        # Empty: the worker fills in the address of the node on which it finds itself.
+        (["cluster.address=10.0.0.1:6379"], "", ""),
+        (["cluster.address=10.0.0.1:6379", "cluster.bind_host=0.0.0.0"], "0.0.0.0", ""),
+        (["cluster.address=auto", "cluster.advertise_host=10.0.0.9"], "", "10.0.0.9"),
+    ],
+)
+def test_where_workers_listen_and_what_they_tell(
+    model: Path, settings: list[str], bind: str, advertise: str
+) -> None:
+    config = load(None, [f"model.path={model}", *settings])
+    for seat in specs.seats(config, specs.model_config(config), "token"):
+        assert (seat.spec.bind_host, seat.spec.advertise_host) == (bind, advertise)
+
+
+def test_resources_reach_the_place(model: Path) -> None:
+    config = load(None, [f"model.path={model}", "cluster.address=auto", "decode.resources={fast: 2}"])
+    seats = specs.seats(config, specs.model_config(config), "token")
+    assert [dict(seat.place.resources) for seat in seats] == [{}, {"fast": 2.0}]

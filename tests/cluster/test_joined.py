@@ -25,7 +25,12 @@ from tests.support.ray_node import RayNode
 
 MARK = "BATON_TEST_RUN"
 MODEL = CHECKOUT / "models" / "baton-tiny"
-SMALL = ["prefill.kv_cache_gib=0.03125", "decode.kv_cache_gib=0.03125", "router.policy=always-remote"]
+SMALL = [
+    f"model.path={MODEL}",
+    "prefill.kv_cache_gib=0.03125",
+    "decode.kv_cache_gib=0.03125",
+    "router.policy=always-remote",
+]
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -102,6 +102,7 @@ async def served(
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
     """`baton serve --address` on that host, prefill on one and decode on the other; yields its gRPC door."""
     settings = [
+        f"model.path={TINY}",
         "prefill.resources={prefill: 1}", "decode.resources={decode: 1}",
         "prefill.kv_cache_gib=0.03125", "decode.kv_cache_gib=0.03125",
         "router.http=0.0.0.0:0", "router.grpc=0.0.0.0:0", "router.policy=always-remote",
@@ -124,8 +125,11 @@ async def served(
         assert ready[1] == ready[3] == host.ip
         yield process, ready[2]
     finally:
-        process.kill()
-        process.communicate()
+        if pid := host.inside(process):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def ask(host: Host, *arguments: str, stdin: str = "") -> Any:
@@ -173,9 +177,7 @@ async def test_kv_crosses_the_cable(pair: tuple[Host, Host], tmp_path: Path) -> 
 
 
 async def stop(process: subprocess.Popen[bytes], errors: Path) -> None:
-    # nsenter, which this process is, does not pass signals on.
-    serve = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(serve[0]), signal.SIGTERM)
+    os.kill(Host.inside(process), signal.SIGTERM)
     await eventually(lambda: process.poll() is not None, "baton serve ends")
     assert process.returncode == 0, errors.read_text()
 

@@ -32,6 +32,22 @@ while True:
 """
 START_S = 20.0
 
+# Removes the hosts when its standard input closes, which also happens when the tests are killed.
+KEEPER = """
+import os, signal, subprocess, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+sys.stdin.read()
+for name in sys.argv[1:]:
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    for pid in found.stdout.split():
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+"""
+
 
 def missing() -> str:
     """Why there can be no such hosts here; empty when there can."""
@@ -75,6 +91,15 @@ class Host:
         """The same command, run on this host."""
         children = Path(f"/proc/{self.init.pid}/task/{self.init.pid}/children").read_text().split()
         return ["nsenter", "--target", children[0], "--all", *arguments]
+
+    @staticmethod
+    def inside(process: subprocess.Popen[Any]) -> int:
+        """The process that a `command` runs: nsenter starts it, and passes no signals on. 0: it has ended."""
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        except OSError:
+            return 0
+        return int(children[0]) if children else 0
 
     def run(self, *arguments: str, timeout_s: float) -> str:
         """Runs a command to its end and returns its standard output; AssertionError with all it said when it fails."""
@@ -124,6 +149,9 @@ def two_hosts(environment: Mapping[str, str]) -> Iterator[tuple[Host, Host]]:
     net = f"10.{64 + secrets.randbelow(64)}.{secrets.randbelow(256)}"
     hosts: list[Host] = []
     names = [word + end for end in "ab"]
+    keeper = subprocess.Popen(
+        [sys.executable, "-S", "-c", KEEPER, *names], stdin=subprocess.PIPE, start_new_session=True, cwd="/"
+    )
     try:
         for name in names:
             _ip("netns", "add", name)
@@ -151,11 +179,11 @@ def two_hosts(environment: Mapping[str, str]) -> Iterator[tuple[Host, Host]]:
             hosts.append(Host(name, f"{net}.{number}", _start_init(name), dict(environment)))
         yield hosts[0], hosts[1]
     finally:
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        keeper.wait(START_S)
         for host in hosts:
-            host.init.kill()  # --kill-child: with its init all processes of the host end
             host.init.communicate()
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 def _start_init(name: str) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""Families that differ from Llama in what a hand-off carries: sliding windows, and heads wider than hidden / heads."""
+"""Every family and way of stretching RoPE through two real processes, the KV handed off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.workers import open_pair
 pytestmark = [pytest.mark.e2e, pytest.mark.nixl]
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3, tied, windows by layer"])
+@pytest.mark.parametrize("family", families.FAMILIES)
 async def test_remote_alone_and_together_then_cached(family: str, tmp_path: Path) -> None:
     """The window is 64 tokens and a chunk too: most chunks are outside of it by the time that decoding begins.
 

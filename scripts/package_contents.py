@@ -81,7 +81,9 @@ def import_all(wheel: Path) -> list[str]:
             continue
         if found is None or found.origin is None or not Path(found.origin).is_relative_to(here):
             problems.append(f"{module} comes from {found.origin if found else 'nowhere'}")
-    problems += shadowed({name.split("/")[0] for name in files(wheel)}, here)
+    # The wheel's own dist-info is no room; where .venv has this project installed for editing, it lies there too.
+    rooms = {name.split("/")[0] for name in files(wheel)}
+    problems += shadowed({room for room in rooms if not room.endswith(".dist-info")}, here)
     torch = [line for line in importlib.metadata.requires("baton-serve") or [] if line.startswith("torch")]
     if len(torch) != 1 or "<" not in torch[0]:
         problems.append(f"torch must have an upper bound: {torch}")

@@ -227,6 +227,9 @@ class PrefillRole:
             self._actions.append(PeerRefused(hello.incarnation, wrong))
             return
         former = self._peers.get(hello.incarnation)
+        if former is not None and hello.epoch <= former.hello.epoch:
+            self.counters["late_messages"] += 1  # overtaken by the hello of a newer stream
+            return
         if former is not None and former.alive:  # it noticed the break of the old stream before we did
             self._peer_lost(hello.incarnation, former.hello.epoch, now)
         peer = self._peers.get(hello.incarnation)

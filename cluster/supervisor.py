@@ -229,9 +229,10 @@ class Supervisor:
         self._report.starting("links")
         deadline = time.monotonic() + self._settings.start_timeout_s
         while missing := await self._missing():
-            for worker_id in self._absent():
+            absent = self._absent()
+            for worker_id in absent:
                 self._show_loading(worker_id)
-            if self._absent():
+            if absent:
                 # Starting is bounded for each process by itself, with a better message.
                 deadline = time.monotonic() + self._settings.start_timeout_s
             if time.monotonic() > deadline:
@@ -258,10 +259,7 @@ class Supervisor:
 
     async def _missing(self) -> str:
         """What the deployment still waits for; empty when it is ready."""
-        present = {
-            member.worker_id for role in ("prefill", "decode") for member in self._membership.role(role)
-        }
-        absent = [seat.spec.worker_id for seat in self._seats if seat.spec.worker_id not in present]
+        absent = self._absent()
         if absent:
             return f"{', '.join(absent)} not started"
         if self._router is None:

@@ -21,20 +21,24 @@ class KvGroup(msgspec.Struct, frozen=True):
 
 
 class KvSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What both sides must agree on before KV is moved (block sizes may differ)."""
+    """The KV of one worker, all its ranks together. What may differ between two that hand off, and how the hand-off
+    is cut then, is for `kvtransfer.plan` to say."""
 
     model: str
     layers: int
+    q_heads: int
     kv_heads: int
     head_dim: int
     dtype: str
     block_size: int
-    chunk_tokens: int
+    chunk_tokens: int  # the most that a landing slot (or a staging buffer) of this side holds
+    tensor_parallel: int = 1
+    wire_dtype: str = ""  # as KV crosses: "" = as stored, "int8", "fp8_e4m3"
     groups: tuple[KvGroup, ...] = ()  # cover each layer once; () is one group of all layers, "full"
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of KV of one token, all layers, keys and values."""
+        """Bytes of KV of one token as stored, all layers and heads, keys and values."""
         return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
 
@@ -46,13 +50,13 @@ class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     incarnation: str
     kv: KvSpec
     transport: str
-    endpoint: bytes
+    endpoints: list[bytes]  # by rank
     epoch: int = 0
     protocol: int = PROTOCOL
     release: str = ""
     capabilities: list[str] = []
-    slot_count: int = 0
-    slot_bytes: int = 0
+    slot_count: int = 0  # of each rank; a lease on slot s is one on slot s of every rank
+    slot_bytes: list[int] = []  # by rank
 
 
 class Lease(msgspec.Struct, frozen=True, array_like=True):
@@ -94,8 +98,8 @@ class ChunkDone(msgspec.Struct, frozen=True, tag=True):
     lease_id: int
     epoch: int
     chunk: int
-    size_bytes: int
-    digest: bytes
+    size_bytes: int  # of all pieces
+    digests: list[bytes]  # of each piece, in the order of the plan
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -120,14 +124,16 @@ class Quiet(msgspec.Struct, frozen=True, tag=True):
 ControlMessage = Hello | Linked | Begin | Credit | Abort | ChunkDone | Done | Failed | Quiet
 
 
-# ---- jobs for the mover and its reports ------------------------------------------------------------------------
+# ---- jobs for the movers and their reports ---------------------------------------------------------------------
+#
+# A worker has one mover for each rank. Every job goes to all of them, each does its part of it, and their reports are
+# joined to one (`kvtransfer.join`): roles never see ranks.
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True):
-    """Make `peer` (an incarnation) reachable; answered by `Connected`."""
+    """Make the worker of this hello (its incarnation is the `peer` of what follows) reachable; gives `Connected`."""
 
-    peer: str
-    endpoint: bytes
+    hello: Hello
 
 
 class Disconnect(msgspec.Struct, frozen=True, tag=True):
@@ -137,11 +143,10 @@ class Disconnect(msgspec.Struct, frozen=True, tag=True):
 
 
 class SendChunk(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Gather tokens first_token .. first_token+tokens-1 of `blocks` (the sequence's block ids from the block that
-    holds position `blocks_start` on) into the wire layout, digest them with `seed`, write them into the peer's slot.
+    """Write the rank's pieces of tokens first_token .. first_token+tokens-1 into the slots of the peer's ranks.
 
-    When the write has settled well, `ChunkDone` leaves at once on the control stream (from the mover's thread, so
-    that a long step does not hold it up) and `Sent` is reported to the role.
+    `blocks`: the sequence's block ids from the block that holds position `blocks_start` on. `seed` commits to the
+    prefix; each piece's digest is seeded with it and with what the piece is. Gives `Sent` when all has settled.
     """
 
     peer: str
@@ -155,10 +160,13 @@ class SendChunk(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class CopyOut(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Copy a landed chunk out of `slot`, verify the digest of the copy, scatter it into `blocks`; gives `Copied`."""
+    """Copy the rank's pieces of a landed chunk out of `slot`, verify the digests of the copy, scatter it into
+    `blocks`; gives `Copied`. `peer` and `chunk` tell the plan."""
 
+    peer: str
     handoff_id: int
     lease_id: int
+    chunk: int
     slot: int
     blocks: list[int]
     blocks_start: int
@@ -166,7 +174,7 @@ class CopyOut(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     tokens: int
     seed: int
     size_bytes: int
-    digest: bytes
+    digests: list[bytes]
 
 
 class Probe(msgspec.Struct, frozen=True, tag=True):
@@ -192,6 +200,9 @@ class Sent(msgspec.Struct, frozen=True, tag=True):
     chunk: int
     size_bytes: int
     error: str = ""
+    epoch: int = 0  # of the lease
+    pieces: list[int] = []  # those of this rank, as indices into the plan's order
+    digests: list[bytes] = []  # of each of `pieces`; after joining, of all pieces in order
 
 
 class Copied(msgspec.Struct, frozen=True, tag=True):

@@ -40,7 +40,7 @@ def to_proto(message: ControlMessage) -> pb.Control:
                 epoch=message.epoch,
                 chunk=message.chunk,
                 size_bytes=message.size_bytes,
-                digest=message.digest,
+                digests=message.digests,
             )
         )
     if isinstance(message, Credit):
@@ -109,17 +109,20 @@ def _hello_to_proto(hello: Hello) -> pb.Hello:
         kv=pb.KvSpec(
             model=kv.model,
             layers=kv.layers,
+            q_heads=kv.q_heads,
             kv_heads=kv.kv_heads,
             head_dim=kv.head_dim,
             dtype=kv.dtype,
             block_size=kv.block_size,
             chunk_tokens=kv.chunk_tokens,
+            tensor_parallel=kv.tensor_parallel,
+            wire_dtype=kv.wire_dtype,
             groups=[
                 pb.KvGroup(kind=group.kind, layers=group.layers, window=group.window) for group in kv.groups
             ],
         ),
         transport=hello.transport,
-        endpoint=hello.endpoint,
+        endpoints=hello.endpoints,
         capabilities=hello.capabilities,
         slot_count=hello.slot_count,
         slot_bytes=hello.slot_bytes,
@@ -137,18 +140,21 @@ def _read_hello(hello: pb.Hello) -> Hello:
         kv=KvSpec(
             model=kv.model,
             layers=kv.layers,
+            q_heads=kv.q_heads,
             kv_heads=kv.kv_heads,
             head_dim=kv.head_dim,
             dtype=kv.dtype,
             block_size=kv.block_size,
             chunk_tokens=kv.chunk_tokens,
+            tensor_parallel=kv.tensor_parallel or 1,
+            wire_dtype=kv.wire_dtype,
             groups=tuple(KvGroup(group.kind, tuple(group.layers), group.window) for group in kv.groups),
         ),
         transport=hello.transport,
-        endpoint=hello.endpoint,
+        endpoints=list(hello.endpoints),
         capabilities=list(hello.capabilities),
         slot_count=hello.slot_count,
-        slot_bytes=hello.slot_bytes,
+        slot_bytes=list(hello.slot_bytes),
     )
 
 
@@ -175,7 +181,9 @@ _READERS: dict[str, Callable[[Any], ControlMessage]] = {
     "begin": _read_begin,
     "credit": _read_credit,
     "abort": lambda x: Abort(x.handoff_id, x.reason),
-    "chunk_done": lambda x: ChunkDone(x.handoff_id, x.lease_id, x.epoch, x.chunk, x.size_bytes, x.digest),
+    "chunk_done": lambda x: ChunkDone(
+        x.handoff_id, x.lease_id, x.epoch, x.chunk, x.size_bytes, list(x.digests)
+    ),
     "done": lambda x: Done(x.handoff_id, x.cached_tokens, x.queue_s, x.compute_s),
     "failed": lambda x: Failed(x.handoff_id, x.reason),
     "quiet": lambda x: Quiet(x.handoff_id, x.epoch),

@@ -30,7 +30,10 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     max_model_len: int = 0  # 0: the model's own
     tensor_parallel: int = 1
-    kv_cache_bytes: int = 1 << 30
+    rank: int = 0  # 0 is the worker's shell and its engine; the others are started beside it with the same incarnation
+    rendezvous: str = ""  # where the ranks meet: the path of a unix socket, or HOST:PORT when they are on several hosts
+    rank_timeout_s: float = 20.0  # a rank that keeps the others waiting for so long is stuck: the worker ends
+    kv_cache_bytes: int = 1 << 30  # of each rank
     block_size: int = 16
     max_batch_tokens: int = 512
     max_running: int = 256
@@ -40,6 +43,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     transport: str = "auto"
     slots: int = 8  # landing slots of a decode worker
     chunk_tokens: int = 256  # wanted; made to fit slots of at most 16 MiB
+    wire_dtype: str = ""  # "" = as stored, "int8", "fp8_e4m3"
+    gather: str = "auto"  # before sending: "auto" = where pieces would be below 64 KiB, "always", "never"
     handoff_timeout_s: float = 30.0
 
 

@@ -198,7 +198,7 @@ class Control(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., chunk_done: _Optional[_Union[ChunkDone, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., quiet: _Optional[_Union[Quiet, _Mapping]] = ..., linked: _Optional[_Union[Linked, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "release", "worker_id", "incarnation", "epoch", "kv", "transport", "endpoint", "capabilities", "slot_count", "slot_bytes")
+    __slots__ = ("protocol", "release", "worker_id", "incarnation", "epoch", "kv", "transport", "endpoints", "capabilities", "slot_count", "slot_bytes")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -206,7 +206,7 @@ class Hello(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
-    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     SLOT_COUNT_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -217,14 +217,14 @@ class Hello(_message.Message):
     epoch: int
     kv: KvSpec
     transport: str
-    endpoint: bytes
+    endpoints: _containers.RepeatedScalarFieldContainer[bytes]
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     slot_count: int
-    slot_bytes: int
-    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., kv: _Optional[_Union[KvSpec, _Mapping]] = ..., transport: _Optional[str] = ..., endpoint: _Optional[bytes] = ..., capabilities: _Optional[_Iterable[str]] = ..., slot_count: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+    slot_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, protocol: _Optional[int] = ..., release: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., kv: _Optional[_Union[KvSpec, _Mapping]] = ..., transport: _Optional[str] = ..., endpoints: _Optional[_Iterable[bytes]] = ..., capabilities: _Optional[_Iterable[str]] = ..., slot_count: _Optional[int] = ..., slot_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class KvSpec(_message.Message):
-    __slots__ = ("model", "layers", "kv_heads", "head_dim", "dtype", "block_size", "chunk_tokens", "groups")
+    __slots__ = ("model", "layers", "kv_heads", "head_dim", "dtype", "block_size", "chunk_tokens", "groups", "q_heads", "tensor_parallel", "wire_dtype")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     KV_HEADS_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +233,9 @@ class KvSpec(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    Q_HEADS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     model: str
     layers: int
     kv_heads: int
@@ -241,7 +244,10 @@ class KvSpec(_message.Message):
     block_size: int
     chunk_tokens: int
     groups: _containers.RepeatedCompositeFieldContainer[KvGroup]
-    def __init__(self, model: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[KvGroup, _Mapping]]] = ...) -> None: ...
+    q_heads: int
+    tensor_parallel: int
+    wire_dtype: str
+    def __init__(self, model: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[KvGroup, _Mapping]]] = ..., q_heads: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., wire_dtype: _Optional[str] = ...) -> None: ...
 
 class KvGroup(_message.Message):
     __slots__ = ("kind", "layers", "window")
@@ -306,20 +312,20 @@ class Abort(_message.Message):
     def __init__(self, handoff_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ChunkDone(_message.Message):
-    __slots__ = ("handoff_id", "lease_id", "epoch", "chunk", "size_bytes", "digest")
+    __slots__ = ("handoff_id", "lease_id", "epoch", "chunk", "size_bytes", "digests")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     handoff_id: int
     lease_id: int
     epoch: int
     chunk: int
     size_bytes: int
-    digest: bytes
-    def __init__(self, handoff_id: _Optional[int] = ..., lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., chunk: _Optional[int] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    digests: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, handoff_id: _Optional[int] = ..., lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., chunk: _Optional[int] = ..., size_bytes: _Optional[int] = ..., digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ("handoff_id", "cached_tokens", "queue_s", "compute_s")

@@ -1,4 +1,4 @@
-"""How a hand-off is cut: the chunk grid, and what each chunk's digest is seeded with.
+"""How a hand-off is cut: the chunk grid, and what the digests of each chunk are seeded with.
 
 Pure, without torch and numpy. Both workers derive the same grid and the same seeds from the same `Begin`, so neither
 is ever sent. The grid begins at the hand-off's own start; only the last chunk may be shorter.
@@ -64,14 +64,13 @@ def chunks(start: int, end: int, chunk_tokens: int) -> list[Chunk]:
     return [Chunk(first, min(chunk_tokens, end - first)) for first in range(start, end, chunk_tokens)]
 
 
-def seeds(
-    tokens: Sequence[int], salt: str, start: int, chunk_tokens: int, *, layers: range, kv_heads: range
-) -> list[int]:
-    """The digest seed of every chunk of `chunks(start, len(tokens), chunk_tokens)`, in order; one pass, O(prompt).
+def seeds(tokens: Sequence[int], salt: str, start: int, chunk_tokens: int) -> list[int]:
+    """The seed of every chunk of `chunks(start, len(tokens), chunk_tokens)`, in order; one pass, O(prompt).
 
     KV at a position depends on all tokens before it. So chunk i's seed commits to the salt and to all token ids from 0
-    to the chunk's end, besides the chunk's own token, layer and head range: bytes of another prompt, another place or
-    another rank never pass for this chunk's, even where they are unharmed. `tokens` are ids of 32 bits.
+    to the chunk's end, besides the chunk's own tokens. A piece of the chunk adds its layers and heads
+    (`digest.piece_seed`): bytes of another prompt, another place or other heads never pass for a piece's, even where
+    they are unharmed. `tokens` are ids of 32 bits.
     """
     grid = chunks(start, len(tokens), chunk_tokens)
     salt_bytes = salt.encode()
@@ -81,7 +80,7 @@ def seeds(
     for first, count in grid:
         chain.update(_ids_as_bytes(tokens[hashed : first + count]))
         hashed = first + count
-        result.append(chunk_seed(chain.digest(), first, count, layers, kv_heads))
+        result.append(chunk_seed(chain.digest(), first, count))
     return result
 
 

@@ -1,4 +1,4 @@
-"""The checksum of a chunk's valid bytes: xxh3-128, seeded with what the bytes claim to be.
+"""The checksum of a piece's valid bytes: xxh3-128, seeded with what the bytes claim to be.
 
 It tells damaged, late and misplaced bytes from right ones; it is no signature (peers are authenticated elsewhere).
 xxhash releases the interpreter lock for large buffers, numpy for large copies; nothing here imports torch.
@@ -14,20 +14,31 @@ import xxhash
 
 DIGEST_BYTES = 16
 _PIECE_BYTES = 256 << 10  # stays in the cache between being copied and being hashed
-_RANGES = struct.Struct("<QQIIII")
+_CHUNK = struct.Struct("<QQ")
+_PIECE = struct.Struct("<QQQIIII")
 
 Bytes = npt.NDArray[np.uint8]
 
 
-def chunk_seed(prefix: bytes, first_token: int, tokens: int, layers: range, kv_heads: range) -> int:
-    """64 bits which commit to the prefix (a hash of all token ids up to the chunk's end) and to the chunk's ranges.
+def chunk_seed(prefix: bytes, first_token: int, tokens: int) -> int:
+    """64 bits which commit to the prefix (a hash of all token ids up to the chunk's end) and to the chunk's tokens.
+
+    Raises struct.error for numbers that are negative or too large.
+    """
+    return xxhash.xxh3_64_intdigest(_CHUNK.pack(first_token, tokens) + prefix)
+
+
+def piece_seed(seed: int, first_token: int, tokens: int, layers: range, heads: range) -> int:
+    """64 bits which commit to the chunk's seed and to one piece of it: its tokens (`first_token` is a position of the
+    prompt), its layers and its kv heads (of the model's). Whoever sends it, and to whom, does not matter.
 
     Raises ValueError for a range with steps, struct.error for numbers that are negative or too large.
     """
-    if layers.step != 1 or kv_heads.step != 1:
+    if layers.step != 1 or heads.step != 1:
         raise ValueError("layer and head ranges have no steps")
-    ranges = _RANGES.pack(first_token, tokens, layers.start, layers.stop, kv_heads.start, kv_heads.stop)
-    return xxhash.xxh3_64_intdigest(ranges + prefix)
+    return xxhash.xxh3_64_intdigest(
+        _PIECE.pack(seed, first_token, tokens, layers.start, layers.stop, heads.start, heads.stop)
+    )
 
 
 def digest(buffer: Bytes, seed: int) -> bytes:

@@ -1,4 +1,5 @@
-"""Descriptor rows of a write, [N, 3]: staging offset, landing offset, bytes. Checked and cut for all transports."""
+"""Descriptor rows of a write, [N, 3]: staging offset, landing offset, bytes. Merged, checked and cut for all
+transports."""
 
 from __future__ import annotations
 
@@ -10,6 +11,20 @@ OPERATION_BYTES = (
     16 << 20
 )  # bounds a synchronous copy, what must be waited for after an abort, and unfairness
 OPERATION_ROWS = 256
+
+
+def merged(rows: Rows) -> Rows:
+    """The same copies in as few rows as their order allows: a row that goes on where the one before it ends, on both
+    sides, joins that."""
+    if len(rows) < 2:
+        return rows
+    ends = rows[:-1, :2] + rows[:-1, 2:]
+    starts = np.flatnonzero(np.concatenate(([True], (rows[1:, :2] != ends).any(axis=1))))
+    if len(starts) == len(rows):
+        return rows
+    result = rows[starts]
+    result[:, 2] = np.add.reduceat(rows[:, 2], starts)
+    return result
 
 
 def checked(rows: Rows, staging_bytes: int, landing_bytes: int) -> Rows:

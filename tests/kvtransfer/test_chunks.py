@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from kvtransfer import chunks
 from kvtransfer.digest import chunk_seed
 
-LAYERS, HEADS = range(4), range(2)
-
 
 def seeds(tokens: list[int], salt: str = "", start: int = 0, chunk_tokens: int = 8) -> list[int]:
-    return chunks.seeds(tokens, salt, start, chunk_tokens, layers=LAYERS, kv_heads=HEADS)
+    return chunks.seeds(tokens, salt, start, chunk_tokens)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +73,13 @@ def test_a_changed_token_changes_the_seeds_from_its_chunk_on(
 
 
 @pytest.mark.parametrize("start", [0, 5])
-def test_a_seed_is_the_hash_of_salt_and_whole_prefix_and_ranges(start: int) -> None:
+def test_a_seed_is_the_hash_of_salt_and_whole_prefix_and_its_tokens(start: int) -> None:
     tokens, salt = list(range(1000, 1030)), b"tenant-1"
     expected = []
     for first, count in chunks.chunks(start, len(tokens), 8):
         ids = b"".join(token.to_bytes(4, "little") for token in tokens[: first + count])
         prefix = xxhash.xxh3_128_digest(len(salt).to_bytes(8, "little") + salt + ids)
-        expected.append(chunk_seed(prefix, first, count, LAYERS, HEADS))
+        expected.append(chunk_seed(prefix, first, count))
     assert seeds(tokens, salt.decode(), start) == expected
 
 
@@ -89,13 +87,11 @@ def test_a_longer_prompt_keeps_the_seeds_of_its_whole_chunks() -> None:
     assert seeds(list(range(50)))[:3] == seeds(list(range(24)))
 
 
-def test_salt_ranges_and_grid_change_all_seeds() -> None:
+def test_salt_and_grid_change_all_seeds() -> None:
     tokens = list(range(64))
     variants = [
         seeds(tokens),
         seeds(tokens, salt="a"),
-        chunks.seeds(tokens, "", 0, 8, layers=range(5), kv_heads=HEADS),
-        chunks.seeds(tokens, "", 0, 8, layers=LAYERS, kv_heads=range(1)),
         seeds(tokens, start=4),
         seeds(tokens, chunk_tokens=16),
     ]

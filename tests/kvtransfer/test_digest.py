@@ -65,21 +65,28 @@ def test_copy_and_digest_refuses_other_lengths() -> None:
         digests.copy_and_digest(random_bytes(4), random_bytes(5), 0)
 
 
-def test_every_part_of_what_a_chunk_claims_changes_its_seed() -> None:
-    base = digests.chunk_seed(b"prefix", 128, 64, range(4), range(2))
+def test_every_part_of_what_a_piece_claims_changes_its_seed() -> None:
+    base = digests.chunk_seed(b"prefix", 128, 64)
     others = {
-        digests.chunk_seed(b"prefiy", 128, 64, range(4), range(2)),
-        digests.chunk_seed(b"prefix", 64, 64, range(4), range(2)),
-        digests.chunk_seed(b"prefix", 128, 63, range(4), range(2)),
-        digests.chunk_seed(b"prefix", 128, 64, range(1, 4), range(2)),
-        digests.chunk_seed(b"prefix", 128, 64, range(5), range(2)),
-        digests.chunk_seed(b"prefix", 128, 64, range(4), range(1, 2)),
-        digests.chunk_seed(b"prefix", 128, 64, range(4), range(3)),
+        digests.chunk_seed(b"prefiy", 128, 64),
+        digests.chunk_seed(b"prefix", 64, 64),
+        digests.chunk_seed(b"prefix", 128, 63),
     }
-    assert len(others | {base}) == 8
-    assert 0 <= base < 2**64
+    assert len(others | {base}) == 4
+    piece = digests.piece_seed(base, 128, 64, range(4), range(2))
+    others = {
+        digests.piece_seed(base ^ 1, 128, 64, range(4), range(2)),
+        digests.piece_seed(base, 144, 64, range(4), range(2)),
+        digests.piece_seed(base, 128, 63, range(4), range(2)),
+        digests.piece_seed(base, 128, 64, range(1, 4), range(2)),
+        digests.piece_seed(base, 128, 64, range(5), range(2)),
+        digests.piece_seed(base, 128, 64, range(4), range(1, 2)),
+        digests.piece_seed(base, 128, 64, range(4), range(3)),
+    }
+    assert len(others | {base, piece}) == 9
+    assert 0 <= base < 2**64 and 0 <= piece < 2**64
     with pytest.raises(ValueError):
-        digests.chunk_seed(b"", 0, 1, range(0, 4, 2), range(2))
+        digests.piece_seed(base, 0, 1, range(0, 4, 2), range(2))
 
 
 def test_hashing_a_large_buffer_releases_the_interpreter_lock() -> None:
@@ -109,6 +116,7 @@ def test_hashing_a_large_buffer_releases_the_interpreter_lock() -> None:
 
 def test_the_pure_modules_do_not_import_torch() -> None:
     code = (
-        "import sys, kvtransfer.chunks, kvtransfer.digest, kvtransfer.rows; sys.exit('torch' in sys.modules)"
+        "import sys, kvtransfer.chunks, kvtransfer.digest, kvtransfer.rows, kvtransfer.plan, kvtransfer.direct, "
+        "kvtransfer.join; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -31,7 +31,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0  # 0: the model's own
     tensor_parallel: int = 1
     rank: int = 0  # 0 is the worker's shell and its engine; the others are started beside it with the same incarnation
-    rendezvous: str = ""  # where the ranks meet: the path of a unix socket, or HOST:PORT when they are on several hosts
+    rendezvous: str = ""  # where the ranks meet: path of a unix socket, or HOST:PORT if on several hosts
     rank_timeout_s: float = 20.0  # a rank that keeps the others waiting for so long is stuck: the worker ends
     kv_cache_bytes: int = 1 << 30  # of each rank
     block_size: int = 16

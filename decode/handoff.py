@@ -1,7 +1,7 @@
 """One hand-off as the decode worker sees it: which chunks it expects, which have come, what their copies became. Pure.
 
-The receiver derives everything itself (chunk grid, digest seeds, block counts) from the prompt; from the sender it
-takes only the digest of what it wrote.
+The receiver derives everything itself (chunk grid, pieces, digest seeds, block counts) from the plan and the prompt;
+from the sender it takes only the digests of what it wrote.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from engine.ledger import BlockLedger
 from engine.sequence import Sequence
 from kvtransfer.chunks import Chunk
 from kvtransfer.messages import ChunkDone
+from kvtransfer.plan import Plan
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class Handoff:
     peer: str
     epoch: int
     sequence: Sequence
+    plan: Plan
     chunks: list[Chunk]
     seeds: list[int]
     began: float
@@ -49,6 +51,11 @@ class Handoff:
     def outstanding(self) -> int:
         """Chunks credited and neither verified nor in order yet."""
         return self.credited - self.verified
+
+    def expected(self, chunk: int) -> tuple[int, int]:
+        """How many pieces a chunk is written in, and their bytes together."""
+        pieces = self.plan.pieces(chunk, self.chunks[chunk].tokens)
+        return len(pieces.size_bytes), int(pieces.size_bytes.sum())
 
     def chunk_blocks(self, ledger: BlockLedger, chunk: int) -> int:
         """Blocks that a chunk needs; chunks begin on block boundaries."""

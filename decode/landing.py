@@ -19,7 +19,7 @@ from engine.api import Submit
 from engine.ledger import BlockLedger, SlotLedger
 from engine.sequence import Sequence
 from kvtransfer.chunks import chunks, seeds
-from kvtransfer.handshake import mismatch
+from kvtransfer.handshake import Mismatch, agree
 from kvtransfer.leases import LeaseBook
 from kvtransfer.messages import (
     Abort,
@@ -41,6 +41,7 @@ from kvtransfer.messages import (
     Probed,
     Quiet,
 )
+from kvtransfer.plan import Plan
 from worker.messages import FromPeer, PeerRefused, ToPeer
 from worker.role import Action
 
@@ -52,9 +53,10 @@ OnEnd = Callable[[Sequence, int, int, str, float], None]
 
 @dataclass(slots=True)
 class Peer:
-    """A prefill worker's incarnation, as long as its control stream lives."""
+    """A prefill worker's incarnation, as long as its control stream lives; `plan` says how its hand-offs are cut."""
 
     hello: Hello
+    plan: Plan
     reaches: bool = False  # our transport has connected to it
     linked: bool = False  # its transport has connected to us
 
@@ -82,10 +84,10 @@ class LandingZone:
         *,
         on_end: OnEnd,
     ) -> None:
-        if slots.total and hello.kv.chunk_tokens % blocks.block_size:
+        if slots.total and hello.kv.chunk_tokens < blocks.block_size:
             raise ValueError(
-                f"chunks of {hello.kv.chunk_tokens} tokens do not begin on blocks of {blocks.block_size}: "
-                f"make the block size smaller, or the chunks a multiple of it"
+                f"landing slots hold chunks of {hello.kv.chunk_tokens} tokens, less than a block of "
+                f"{blocks.block_size}: make the block size smaller or kvtransfer.chunk_tokens larger"
             )
         self.hello = hello
         self.blocks = blocks
@@ -149,18 +151,19 @@ class LandingZone:
 
     def peer_up(self, hello: Hello) -> None:
         """A prefill worker said hello on a new control stream."""
-        wrong = mismatch(self.hello, hello)
-        if not wrong and not self._slots.total:
-            wrong = "this worker has no landing slots (kvtransfer.slots is 0)"
-        if wrong:
+        try:
+            if not self._slots.total:
+                raise Mismatch("this worker has no landing slots (kvtransfer.slots is 0)")
+            plan = agree(self.hello, hello, "decode")
+        except Mismatch as wrong:
             self._counters["peers_refused"] += 1
-            self._actions.append(PeerRefused(hello.incarnation, wrong))
+            self._actions.append(PeerRefused(hello.incarnation, str(wrong)))
             return
-        peer = Peer(hello)
+        peer = Peer(hello, plan)
         self._peers[hello.incarnation] = peer
         self._by_worker[hello.worker_id] = peer
         self._lost.pop(hello.incarnation, None)
-        self._actions.append(Connect(hello.incarnation, hello.endpoint))
+        self._actions.append(Connect(hello))
 
     def peer_lost(self, incarnation: str, epoch: int, now: float) -> None:
         """Its control stream broke: its leases are over, its slots wait until it is quiet or certainly gone."""
@@ -188,22 +191,15 @@ class LandingZone:
             return "every landing slot is quarantined"
         wanted = sequence.wanted
         sequence.take_prefix(self.blocks, cached)
-        kv = self.hello.kv
-        grid = chunks(cached, wanted, kv.chunk_tokens)
+        chunk_tokens = peer.plan.chunk_tokens
         handoff = Handoff(
             handoff_id=self._next_id,
             peer=peer.incarnation,
             epoch=peer.hello.epoch,
             sequence=sequence,
-            chunks=grid,
-            seeds=seeds(
-                sequence.tokens[:wanted],
-                submit.salt,
-                cached,
-                kv.chunk_tokens,
-                layers=range(kv.layers),
-                kv_heads=range(kv.kv_heads),
-            ),
+            plan=peer.plan,
+            chunks=chunks(cached, wanted, chunk_tokens),
+            seeds=seeds(sequence.tokens[:wanted], submit.salt, cached, chunk_tokens),
             began=now,
             deadline=now + self.timeout_s,
         )
@@ -289,9 +285,11 @@ class LandingZone:
         if record is None:
             return
         handoff.landing[done.chunk] = Landing(done, record.lease.slot)
-        if done.size_bytes != handoff.chunks[done.chunk].tokens * self.hello.kv.token_bytes:
+        pieces, size_bytes = handoff.expected(done.chunk)
+        if (len(done.digests), done.size_bytes) != (pieces, size_bytes):
             self._counters["digest_refused"] += 1
-            self._fail(handoff, f"chunk {done.chunk} has {done.size_bytes} bytes", now)
+            what = f"{len(done.digests)} pieces of {done.size_bytes} bytes, not {pieces} of {size_bytes}"
+            self._fail(handoff, f"chunk {done.chunk} has {what}", now)
 
     def report(self, report: MoverReport, now: float) -> None:
         if isinstance(report, Connected):
@@ -373,8 +371,10 @@ class LandingZone:
         self._copying[done.lease_id] = (handoff, chunk, landing.blocks)
         self._actions.append(
             CopyOut(
+                peer=handoff.peer,
                 handoff_id=handoff.handoff_id,
                 lease_id=done.lease_id,
+                chunk=chunk,
                 slot=landing.slot,
                 blocks=landing.blocks,
                 blocks_start=covered.first_token,
@@ -382,7 +382,7 @@ class LandingZone:
                 tokens=covered.tokens,
                 seed=handoff.seeds[chunk],
                 size_bytes=done.size_bytes,
-                digest=done.digest,
+                digests=done.digests,
             )
         )
 

@@ -14,6 +14,7 @@ import msgspec
 from decode.states import State
 from engine.api import SamplingParams, Submit, Trace
 from engine.ledger import BlockLedger
+from engine.prefix import salted
 from engine.sequence import Phase, Sequence
 
 
@@ -53,18 +54,19 @@ class Request:
         return self.choices
 
 
-def open_request(submit: Submit, now: float) -> Request:
-    """A request that has just arrived."""
+def open_request(submit: Submit, now: float, wire_dtype: str = "") -> Request:
+    """A request that has just arrived at a worker with this `KvSpec.wire_dtype`."""
     prompt, sampling = submit.prompt, submit.sampling
+    salt = salted(submit.salt, wire_dtype)
     if submit.n == 1 or len(prompt) == 1:
         choices = []
         for choice in range(submit.n):
             drawn = choice_sampling(submit, choice)
-            sequence = Sequence(submit.request, prompt, drawn, submit.salt, submit.priority)
+            sequence = Sequence(submit.request, prompt, drawn, salt, submit.priority)
             sequence.choice = choice
             choices.append(sequence)
         return Request(submit, choices[0], choices, now)
-    trunk = Sequence(submit.request, prompt[:-1], None, submit.salt, submit.priority)
+    trunk = Sequence(submit.request, prompt[:-1], None, salt, submit.priority)
     if sampling.prompt_logprobs is not None:
         trunk.score(prompt, sampling.prompt_logprobs)
     return Request(submit, trunk, [], now)

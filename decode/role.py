@@ -59,6 +59,7 @@ class DecodeRole:
             bytes, list[Request]
         ] = {}  # by the hash that they wait for; key present = owner at work
         self._max_waiting = max_waiting
+        self._wire_dtype = hello.kv.wire_dtype
         self._sequences = 0  # of all requests: choices, or the trunks that they will fork from
         self.landing = LandingZone(
             hello,
@@ -196,7 +197,7 @@ class DecodeRole:
             self.counters["refused"] += 1
             self._actions.append(RequestEnd(submit.request, *refusal))
             return
-        request = open_request(submit, now)
+        request = open_request(submit, now, self._wire_dtype)
         self._sequences += len(request.live)
         self._requests[submit.request] = request
         self._by_session.setdefault(submit.request.session, set()).add(submit.request)

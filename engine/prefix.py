@@ -17,6 +17,14 @@ def root(salt: str) -> bytes:
     return blake2b(salt.encode(), digest_size=HASH_BYTES).digest()
 
 
+def salted(salt: str, wire_dtype: str) -> str:
+    """The salt of a worker that takes KV which crossed the wire with loss ("int8", "fp8_e4m3"; "" is without).
+
+    Such KV is never found under the name of the exact one. Who names a worker's prefixes from outside does the same.
+    """
+    return f"{wire_dtype}\0{salt}" if wire_dtype else salt
+
+
 def extend(
     hashes: list[bytes], tokens: list[int], block_size: int, salt: str = "", limit: int | None = None
 ) -> None:

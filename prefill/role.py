@@ -19,7 +19,7 @@ from engine.plan import StepPlan, StepResult
 from engine.scheduler import Limits, Scheduler
 from engine.sequence import Phase, Sequence
 from kvtransfer.chunks import Chunk, chunks, seeds
-from kvtransfer.handshake import mismatch
+from kvtransfer.handshake import Mismatch, agree
 from kvtransfer.messages import (
     Abort,
     Begin,
@@ -38,6 +38,7 @@ from kvtransfer.messages import (
     SendChunk,
     Sent,
 )
+from kvtransfer.plan import Plan
 from prefill.states import HANDOFFS, State
 from worker.messages import FromPeer, PeerLost, PeerRefused, PeerUp, ToEngine, ToPeer
 from worker.role import Action
@@ -50,13 +51,14 @@ Key = tuple[str, int]  # incarnation of the decode worker, its hand-off id
 
 @dataclass(slots=True)
 class Peer:
-    """A decode worker's incarnation. `number` names it in request keys.
+    """A decode worker's incarnation. `number` names it in request keys, `plan` says how hand-offs to it are cut.
 
     `quiet_owed` > 0: the control streams up to that epoch broke, and once no write of theirs is in flight the peer is
     to be told so; its quarantined slots wait for that.
     """
 
     hello: Hello
+    plan: Plan
     number: int
     alive: bool = True
     connected: bool = False
@@ -75,7 +77,9 @@ class Handoff:
     began: float
     deadline: float
     state: State = State.COMPUTING
-    leases: dict[int, Lease] = field(default_factory=dict)  # by chunk, not posted yet
+    leases: dict[int, tuple[Lease, float]] = field(
+        default_factory=dict
+    )  # by chunk, with its end; not posted yet
     posted: int = 0  # leading chunks given to the mover
     in_flight: set[int] = field(default_factory=set)
     settled: int = 0
@@ -180,7 +184,7 @@ class PrefillRole:
                 handoff.scheduled = now
                 handoff.cached = sequence.computed
                 self.counters["cached_tokens"] += sequence.computed
-                self._pump(handoff)
+                self._pump(handoff, now)
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
@@ -193,7 +197,7 @@ class PrefillRole:
                 self.scheduler.detach(progress.sequence)
                 handoff.state = HANDOFFS.move(handoff.state, State.SENDING)
                 handoff.computed = now
-            self._pump(handoff)
+            self._pump(handoff, now)
 
     def _unstick(self, now: float) -> bool:
         """No prompt finds a block: the youngest that holds some gives way, unless others will release theirs soon.
@@ -221,10 +225,11 @@ class PrefillRole:
     # ---- peers -------------------------------------------------------------------------------------------------
 
     def _peer_up(self, hello: Hello, now: float) -> None:
-        wrong = mismatch(self.hello, hello)
-        if wrong:
+        try:
+            plan = agree(self.hello, hello, "prefill")
+        except Mismatch as wrong:
             self.counters["peers_refused"] += 1
-            self._actions.append(PeerRefused(hello.incarnation, wrong))
+            self._actions.append(PeerRefused(hello.incarnation, str(wrong)))
             return
         former = self._peers.get(hello.incarnation)
         if former is not None and hello.epoch <= former.hello.epoch:
@@ -234,14 +239,14 @@ class PrefillRole:
             self._peer_lost(hello.incarnation, former.hello.epoch, now)
         peer = self._peers.get(hello.incarnation)
         if peer is None:
-            peer = Peer(hello, self._next_peer)
+            peer = Peer(hello, plan, self._next_peer)
             self._next_peer += 1
             self._peers[hello.incarnation] = peer
         else:
-            peer.hello = hello
+            peer.hello, peer.plan = hello, plan
             peer.alive = True
         peer.quiet_owed = hello.epoch - 1
-        self._actions.append(Connect(hello.incarnation, hello.endpoint))
+        self._actions.append(Connect(hello))
         self._pay_quiet(peer)
 
     def _peer_lost(self, incarnation: str, epoch: int, now: float) -> None:
@@ -286,9 +291,13 @@ class PrefillRole:
             if handoff is None or handoff.state is State.ENDING:
                 self.counters["late_messages"] += 1
                 return
+            slots = peer.hello.slot_count
             for lease in message.leases:
-                handoff.leases[lease.chunk] = lease
-            self._pump(handoff)
+                if lease.slot >= slots:
+                    self._give_up(handoff, now, f"a lease on slot {lease.slot} of a worker with {slots}")
+                    return
+                handoff.leases[lease.chunk] = (lease, now + lease.deadline_s)
+            self._pump(handoff, now)
         elif isinstance(message, Abort):
             self._abort(peer, message, now)
 
@@ -300,21 +309,14 @@ class PrefillRole:
             self._say(key[0], peer.hello.epoch, Failed(begin.handoff_id, refusal))
             self._say(key[0], peer.hello.epoch, Quiet(begin.handoff_id, peer.hello.epoch))
             return
-        kv = self.hello.kv
+        chunk_tokens = peer.plan.chunk_tokens
         request = RequestKey(peer.number, begin.handoff_id)
         handoff = Handoff(
             key=key,
             epoch=peer.hello.epoch,
             sequence=Sequence(request, begin.tokens, None, begin.salt, begin.priority),
-            chunks=chunks(begin.start, len(begin.tokens), kv.chunk_tokens),
-            seeds=seeds(
-                begin.tokens,
-                begin.salt,
-                begin.start,
-                kv.chunk_tokens,
-                layers=range(kv.layers),
-                kv_heads=range(kv.kv_heads),
-            ),
+            chunks=chunks(begin.start, len(begin.tokens), chunk_tokens),
+            seeds=seeds(begin.tokens, begin.salt, begin.start, chunk_tokens),
             began=now,
             deadline=now + begin.deadline_s,
         )
@@ -338,21 +340,27 @@ class PrefillRole:
             return f"no room: {self._max_waiting} hand-offs wait already"
         return ""
 
-    def _pump(self, handoff: Handoff) -> None:
-        """Gives the mover every chunk that is computed and credited, in order."""
+    def _pump(self, handoff: Handoff, now: float) -> None:
+        """Gives the mover every chunk that is computed and credited, in order; none under a lease that is over."""
         sequence = handoff.sequence
         while handoff.posted < len(handoff.chunks) and handoff.posted in handoff.leases:
             chunk = handoff.chunks[handoff.posted]
             end = chunk.first_token + chunk.tokens
             if end > sequence.computed:
                 break
+            lease, until = handoff.leases.pop(handoff.posted)
+            if (
+                now >= until
+            ):  # so is the hand-off, at the next tick: its sequence may be in a step that is planned
+                heapq.heappush(self._deadlines, (now, handoff.key))
+                return
             first_block = chunk.first_token // self.blocks.block_size
             last_block = self.blocks.blocks_for(end)
             self._actions.append(
                 SendChunk(
                     peer=handoff.key[0],
                     handoff_id=handoff.key[1],
-                    lease=handoff.leases.pop(handoff.posted),
+                    lease=lease,
                     blocks=sequence.block_table.ids[first_block:last_block].tolist(),
                     blocks_start=first_block * self.blocks.block_size,
                     first_token=chunk.first_token,

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Protocol
 
 from engine.api import RequestEnd, StepOutput
+from kvtransfer.join import Join
 from kvtransfer.messages import ControlMessage
 from simulation.invariants import Invariants
 from simulation.mover import Fabric, SimulatedMover
@@ -36,6 +37,7 @@ class Deployment:
         specs: list[NodeSpec],
         make: MakeRole = make_role,
         mover: type[SimulatedMover] = SimulatedMover,
+        join: type[Join] = Join,
     ) -> None:
         self.world = world
         self.network = Network(world)
@@ -43,6 +45,7 @@ class Deployment:
         self.watch = Invariants(world)
         self._make = make
         self._mover = mover
+        self._join = join
         self._lives: Counter[str] = Counter()
         self.nodes: list[Node] = []  # the latest incarnation of each worker
         for spec in specs:
@@ -64,8 +67,10 @@ class Deployment:
     def _start(self, spec: NodeSpec) -> None:
         self._lives[spec.worker_id] += 1
         incarnation = f"{spec.worker_id}.{self._lives[spec.worker_id]}"
-        node = Node(self.world, spec, incarnation, self, self.watch, self._make)
-        node.mover = self._mover(self.world, self.fabric, node)
+        node = Node(self.world, spec, incarnation, self, self.watch, self._make, self._join)
+        node.movers = [
+            self._mover(self.world, self.fabric, node, rank) for rank in range(spec.tensor_parallel)
+        ]
         self.fabric.nodes[incarnation] = node
         self.nodes = [other for other in self.nodes if other.spec.worker_id != spec.worker_id] + [node]
         for other in self.alive(decode=not spec.decode):

@@ -1,11 +1,12 @@
 """A model whose KV can be checked: the KV of a position is a hash of all tokens up to it, and so is what is drawn.
 
-Therefore each request's answer is a pure function of its prompt, however it travelled, and a step that reads KV which
+A worker of several ranks has a pool in each, with the kv heads of that rank; each head has words of its own. Each request's answer is a pure function of its prompt, however it travelled, and a step that reads KV which
 is unwritten, stale, foreign or misplaced is caught on the spot.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from zlib import crc32
 
 import numpy as np
@@ -16,11 +17,12 @@ from engine.plan import StepPlan, StepResult
 from engine.sequence import Sequence
 
 VOCABULARY = 40
-KV_BYTES = 8  # one int64 for each token
+KV_BYTES = 8  # one int64 for each token and head: one layer, k and v of one float32 each
 UNWRITTEN = -1
 _MASK = (1 << 62) - 1
 
 Kv = npt.NDArray[np.int64]
+ONE_HEAD = (range(1),)
 
 
 class WrongKv(AssertionError):
@@ -60,39 +62,67 @@ def right_answer(prompt: list[int], sampling: SamplingParams, salt: str) -> tupl
             return drawn, "length"
 
 
-class Model:
-    """The KV pool of one worker, [blocks, block_size], and the runner over it."""
+def of_heads(kv: Kv, heads: range) -> Kv:
+    """[tokens] -> [tokens, heads]: no two heads have the same word, so that a misplaced one shows."""
+    return kv[:, None] ^ (np.arange(heads.start, heads.stop, dtype=np.int64) * 0x1F3D5B79A8C6E5)
 
-    def __init__(self, blocks: int, block_size: int) -> None:
+
+class Model:
+    """The KV pools of one worker's ranks, [blocks, block_size, the rank's kv heads], and the runner over them."""
+
+    def __init__(self, blocks: int, block_size: int, heads: Many[range] = ONE_HEAD) -> None:
         self.block_size = block_size
-        self.pool: Kv = np.full((blocks, block_size), UNWRITTEN, dtype=np.int64)
+        self.heads = heads
+        self.pools: list[Kv] = [
+            np.full((blocks, block_size, len(mine)), UNWRITTEN, dtype=np.int64) for mine in heads
+        ]
 
     def run(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
         """Computes a step; raises WrongKv when what it would read is not what `sequences` demand."""
         sampled = []
         for source, target in plan.copies:
-            self.pool[target] = self.pool[source]
+            for pool in self.pools:
+                pool[target] = pool[source]
         for row, sequence in zip(plan.rows, sequences, strict=True):
             end = row.start + len(row.tokens)
             if row.tokens != sequence.tokens[row.start : end]:
                 raise WrongKv(f"{sequence.request}: the row has other tokens than its sequence")
-            kv = kv_of(sequence.tokens[:end], sequence.salt, [])
+            kv = np.array(kv_of(sequence.tokens[:end], sequence.salt, []), dtype=np.int64)
             ids = row.block_table.ids
             if len(ids) * self.block_size < end:
                 raise WrongKv(f"{sequence.request}: {len(ids)} blocks for {end} tokens")
-            found = self.pool[ids].reshape(-1)[: row.start]
-            wrong = np.flatnonzero(found != np.array(kv[: row.start], dtype=np.int64))
-            if len(wrong):
-                raise WrongKv(f"{sequence.request}: KV of position {wrong[0]} of {row.start} is not its own")
-            for position in range(row.start, end):
-                self.pool[ids[position // self.block_size], position % self.block_size] = kv[position]
-            sampled.append(draw(kv[-1], row.sampling, end) if row.sampling else -1)
+            at = np.arange(end)
+            blocks, offsets = ids[at // self.block_size], at % self.block_size
+            for rank, pool in enumerate(self.pools):
+                right = of_heads(kv, self.heads[rank])
+                found = pool[blocks[: row.start], offsets[: row.start]]
+                wrong = np.flatnonzero((found != right[: row.start]).any(axis=1))
+                if len(wrong):
+                    where = f"position {wrong[0]} of {row.start}, rank {rank}"
+                    raise WrongKv(f"{sequence.request}: KV of {where}, is not its own")
+                pool[blocks[row.start :], offsets[row.start :]] = right[row.start :]
+            sampled.append(draw(int(kv[-1]), row.sampling, end) if row.sampling else -1)
         return StepResult(sampled)
 
-    def gather(self, blocks: list[int], blocks_start: int, first: int, tokens: int) -> Kv:
-        begin = first - blocks_start
-        return self.pool[blocks].reshape(-1)[begin : begin + tokens].copy()
+    def gather(
+        self,
+        blocks: list[int],
+        blocks_start: int,
+        first: int,
+        tokens: int,
+        rank: int = 0,
+        heads: range = range(1),
+    ) -> Kv:
+        """[heads, tokens] out of the rank's pool, as in a piece."""
+        begin, local = first - blocks_start, self.heads[rank].start
+        pool = self.pools[rank][blocks, :, heads.start - local : heads.stop - local]
+        return pool.reshape(-1, len(heads))[begin : begin + tokens].T.copy()
 
-    def scatter(self, blocks: list[int], blocks_start: int, first: int, payload: Kv) -> None:
-        for position, value in enumerate(payload, first - blocks_start):
-            self.pool[blocks[position // self.block_size], position % self.block_size] = value
+    def scatter(
+        self, blocks: list[int], blocks_start: int, first: int, payload: Kv, rank: int = 0, head: int = 0
+    ) -> None:
+        """The other way: `payload` begins with this head."""
+        heads, tokens = payload.shape
+        at = np.arange(first - blocks_start, first - blocks_start + tokens)
+        ids, local = np.array(blocks)[at // self.block_size], head - self.heads[rank].start
+        self.pools[rank][ids, at % self.block_size, local : local + heads] = payload.T

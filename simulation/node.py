@@ -1,8 +1,11 @@
-"""One worker of the simulation: a real role, run by the same turn as `worker.loop` runs it, in virtual time."""
+"""One worker of the simulation: a real role, run by the same turn as `worker.loop` runs it, in virtual time.
+
+Its ranks have a KV pool, landing slots and a mover each, whose reports the real `Join` puts together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +16,8 @@ from engine.api import RequestEnd, StepOutput
 from engine.ledger import BlockLedger, SlotLedger
 from engine.plan import StepPlan
 from engine.scheduler import Limits
+from kvtransfer.handshake import CAPABILITIES
+from kvtransfer.join import Join
 from kvtransfer.messages import (
     Connect,
     ControlMessage,
@@ -26,6 +31,7 @@ from kvtransfer.messages import (
     Probe,
     SendChunk,
 )
+from kvtransfer.plan import kv_heads, slot_bytes
 from prefill.role import PrefillRole
 from simulation.model import KV_BYTES, Kv, Model, WrongKv
 from simulation.world import World
@@ -54,6 +60,8 @@ class NodeSpec:
     handoff_timeout_s: float
     step_s: tuple[float, float]
     token_s: float
+    heads: tuple[int, int] = (1, 1)  # query and kv heads of the model, the same at all nodes
+    tensor_parallel: int = 1
 
 
 class Watch(Protocol):
@@ -100,13 +108,34 @@ def make_role(spec: NodeSpec, hello: Hello, blocks: BlockLedger) -> SimRole:
     )
 
 
-class Node:
-    """One incarnation of a worker. `mover` is set by who builds it."""
+def kv_spec(spec: NodeSpec) -> KvSpec:
+    return KvSpec(
+        model="simulated",
+        layers=1,
+        q_heads=spec.heads[0],
+        kv_heads=spec.heads[1],
+        head_dim=1,
+        dtype="float32",
+        block_size=spec.block_size,
+        chunk_tokens=spec.chunk_tokens,
+        tensor_parallel=spec.tensor_parallel,
+    )
 
-    mover: JobTaker
+
+class Node:
+    """One incarnation of a worker. `movers`, one for each rank, are set by who builds it."""
+
+    movers: Sequence[JobTaker]
 
     def __init__(
-        self, world: World, spec: NodeSpec, incarnation: str, shell: Shell, watch: Watch, make: MakeRole
+        self,
+        world: World,
+        spec: NodeSpec,
+        incarnation: str,
+        shell: Shell,
+        watch: Watch,
+        make: MakeRole,
+        join: type[Join] = Join,
     ) -> None:
         self.world = world
         self.spec = spec
@@ -116,26 +145,28 @@ class Node:
         self.alive = True
         self.frozen_until = 0.0
         self.streams: dict[str, Stream] = {}  # by the peer's incarnation
-        self.model = Model(spec.blocks, spec.block_size)
-        self.landing: Kv = np.zeros((spec.slots, spec.chunk_tokens), dtype=np.int64)
+        kv = kv_spec(spec)
+        ranks = range(spec.tensor_parallel)
+        self.model = Model(spec.blocks, spec.block_size, [kv_heads(kv, rank) for rank in ranks])
+        sizes = [slot_bytes(kv, rank) for rank in ranks]
+        # By rank: what landed in the slots.
+        self.landing: list[Kv] = [np.zeros((spec.slots, size // KV_BYTES), dtype=np.int64) for size in sizes]
         self.hello = Hello(
             worker_id=spec.worker_id,
             incarnation=incarnation,
-            kv=KvSpec(
-                model="simulated",
-                layers=1,
-                kv_heads=1,
-                head_dim=1,
-                dtype="float32",
-                block_size=spec.block_size,
-                chunk_tokens=spec.chunk_tokens,
-            ),
+            kv=kv,
             transport="simulated",
-            endpoint=b"",
+            endpoints=[b""] * spec.tensor_parallel,
+            capabilities=list(CAPABILITIES),
             slot_count=spec.slots,
-            slot_bytes=spec.chunk_tokens * KV_BYTES,
+            slot_bytes=sizes,
         )
         self.role = make(spec, self.hello, BlockLedger(spec.blocks, spec.block_size))
+        self.join = join(
+            spec.tensor_parallel,
+            on_report=self._report,
+            send_control=lambda peer, done: self.send(peer, done.epoch, done),
+        )
         self._inbox: list[ToEngine] = []
         self._reports: list[MoverReport] = []
         self._computing = False
@@ -148,7 +179,7 @@ class Node:
         self._inbox.append(event)
         self._wake_up()
 
-    def report(self, report: MoverReport) -> None:
+    def _report(self, report: MoverReport) -> None:
         self._reports.append(report)
         self._wake_up()
 
@@ -201,7 +232,8 @@ class Node:
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Connect | Disconnect | SendChunk | CopyOut | Probe):
-                self.mover.submit(action)
+                for mover in self.movers:
+                    mover.submit(action)
             elif isinstance(action, ToPeer):
                 self.watch.said(self, action)
                 self.send(action.peer, action.epoch, action.message)

@@ -6,6 +6,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 
+from kvtransfer.join import Join
 from simulation.client import Client
 from simulation.deployment import Deployment
 from simulation.faults import Faults
@@ -35,12 +36,13 @@ def run_seed(
     *,
     make: MakeRole = make_role,
     mover: type[SimulatedMover] = SimulatedMover,
+    join: type[Join] = Join,
 ) -> Report:
     """Everything, chance included, follows from the arguments: the same seed gives the same run."""
     world = World(seed)
     settings = settings or draw_settings(world.random)
     try:
-        deployment = Deployment(world, settings.nodes, make, mover)
+        deployment = Deployment(world, settings.nodes, make, mover, join)
         client = deployment.router = Client(world, deployment, settings)
         Faults(world, deployment, client, settings)
         _run(world, deployment, client, settings)

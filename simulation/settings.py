@@ -33,17 +33,20 @@ class Settings:
 
 
 LONG_S = 1000.0
+# Query and kv heads: one rank's worth, kv heads that several ranks store, some that do not divide evenly.
+HEADS = ((1, 1), (4, 4), (4, 2), (6, 3), (4, 1))
 FAULTS = ("kill", "break", "part", "freeze", "session")
 
 
 def draw_settings(random: Random) -> Settings:
     """Anything from a calm, roomy cluster to a cramped one in a storm."""
-    chunk_tokens = random.choice((8, 16, 24))
+    heads = random.choice(HEADS)
+    ranks = {role: random.choice((1, 1, 2, 3, 4)) for role in ("decode", "prefill")}
     # With the longest, nothing but a real event may be what goes on: a wait that only its deadline ends is found.
     timeout_s = random.choice((0.1, 0.5, 2.0, LONG_S, LONG_S))
     cramped = random.random() < 0.5
     nodes = [
-        _node(random, name, chunk_tokens, timeout_s, cramped)
+        _node(random, name, heads, min(ranks[name.partition("-")[0]], heads[0]), timeout_s, cramped)
         for name in [f"decode-{i}" for i in range(random.choice((1, 2, 2, 3)))]
         + [f"prefill-{i}" for i in range(random.choice((1, 2, 2, 3)))]
     ]
@@ -66,7 +69,9 @@ def draw_settings(random: Random) -> Settings:
     return settings
 
 
-def _node(random: Random, name: str, chunk_tokens: int, timeout_s: float, cramped: bool) -> NodeSpec:
+def _node(
+    random: Random, name: str, heads: tuple[int, int], ranks: int, timeout_s: float, cramped: bool
+) -> NodeSpec:
     decode = name.startswith("decode")
     # In a decode worker chunks begin on blocks; in a prefill worker they need not.
     block_size = random.choice((4, 8) if decode else (3, 4, 8))
@@ -76,11 +81,13 @@ def _node(random: Random, name: str, chunk_tokens: int, timeout_s: float, crampe
         decode=decode,
         blocks=tokens // block_size,
         block_size=block_size,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=random.choice((8, 16, 24)),
         slots=random.choice((0, 1, 2, 3, 4, 8)) if decode else 0,
         limits=Limits(random.choice((3, 8, 32, 128)), random.choice((1, 2, 4, 16))),
         max_waiting=random.choice((4, 100, 100)),
         handoff_timeout_s=timeout_s,
         step_s=random.choice(((0.001, 0.004), (0.005, 0.02), (0.0, 0.1))),
         token_s=random.choice((0.0, 0.0001, 0.001)),
+        heads=heads,
+        tensor_parallel=ranks,
     )

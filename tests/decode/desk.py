@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -12,7 +12,8 @@ from engine.api import Cancel, RequestEnd, RequestKey, SamplingParams, StepOutpu
 from engine.ledger import BlockLedger, SlotLedger
 from engine.scheduler import Limits
 from kvtransfer.chunks import chunks, seeds
-from kvtransfer.digest import copy_and_digest, digest
+from kvtransfer.digest import copy_and_digest, digest, piece_seed
+from kvtransfer.handshake import CAPABILITIES
 from kvtransfer.messages import (
     Begin,
     ChunkDone,
@@ -35,18 +36,38 @@ BLOCK, CHUNK = 4, 8
 Message = TypeVar("Message")
 
 
-def hello(worker_id: str, incarnation: str, epoch: int = 0, *, slots: int = 0, model: str = "m") -> Hello:
+def hello(
+    worker_id: str,
+    incarnation: str,
+    epoch: int = 0,
+    *,
+    slots: int = 0,
+    model: str = "m",
+    block_size: int = BLOCK,
+    chunk_tokens: int = CHUNK,
+    wire_dtype: str = "",
+) -> Hello:
     kv = KvSpec(
-        model=model, layers=1, kv_heads=1, head_dim=1, dtype="float32", block_size=BLOCK, chunk_tokens=CHUNK
+        model=model,
+        layers=1,
+        q_heads=1,
+        kv_heads=1,
+        head_dim=1,
+        dtype="float32",
+        block_size=block_size,
+        chunk_tokens=chunk_tokens,
+        wire_dtype=wire_dtype,
     )
     return Hello(
         worker_id=worker_id,
         incarnation=incarnation,
         kv=kv,
         transport="t",
-        endpoint=b"",
+        endpoints=[b""],
         epoch=epoch,
+        capabilities=list(CAPABILITIES),
         slot_count=slots,
+        slot_bytes=[chunk_tokens * KV_BYTES],
     )
 
 
@@ -65,13 +86,14 @@ class Desk:
         timeout_s: float = 10.0,
         max_waiting: int = 50,
         limits: Limits | None = None,
+        wire_dtype: str = "",
     ) -> None:
         self.now = 0.0
         self.slots: Kv = np.zeros((slots, CHUNK), dtype=np.int64)
         self.model = Model(blocks, BLOCK)
         self.ledger = BlockLedger(blocks, BLOCK)
         self.role = DecodeRole(
-            hello("decode", "d1", slots=slots),
+            hello("decode", "d1", slots=slots, wire_dtype=wire_dtype),
             self.ledger,
             SlotLedger(slots),
             limits or Limits(64, 8),
@@ -166,14 +188,16 @@ class Desk:
         self.ends[end.request] = end
 
     def copy_out(self, job: CopyOut) -> None:
-        """As the mover does: copy, verify the copy, scatter, report."""
+        """As the mover does: copy, verify the copy, scatter, report. One rank, one head, one piece."""
         copy = np.empty(job.tokens, dtype=np.int64)
         found = copy_and_digest(
-            self.slots[job.slot, : job.tokens].view(np.uint8), copy.view(np.uint8), job.seed
+            self.slots[job.slot, : job.tokens].view(np.uint8),
+            copy.view(np.uint8),
+            piece_seed(job.seed, job.first_token, job.tokens, range(1), range(1)),
         )
-        if found == job.digest:
-            self.model.scatter(job.blocks, job.blocks_start, job.first_token, copy)
-        self.role.report(Copied(job.handoff_id, job.lease_id, found == job.digest), self.now)
+        if [found] == job.digests:
+            self.model.scatter(job.blocks, job.blocks_start, job.first_token, copy[None])
+        self.role.report(Copied(job.handoff_id, job.lease_id, [found] == job.digests), self.now)
 
     def read(self, kind: type[Message]) -> list[Message]:
         """The control messages of this kind that were said since the last read of the kind."""
@@ -188,11 +212,12 @@ class Desk:
 
     # ---- the prefill worker's side -----------------------------------------------------------------------------------
 
-    def peer_up(self, worker_id: str = "prefill", incarnation: str = "p1", epoch: int = 1) -> None:
+    def peer_up(self, worker_id: str = "prefill", incarnation: str = "p1", epoch: int = 1, **kv: Any) -> None:
         """Hello, and both transports connected."""
-        self.role.handle(PeerUp(hello(worker_id, incarnation, epoch)), self.now)
+        said = hello(worker_id, incarnation, epoch, **kv)
+        self.role.handle(PeerUp(said), self.now)
         self.turn()
-        assert self.read_jobs(Connect)[-1].peer == incarnation
+        assert self.read_jobs(Connect)[-1].hello == said
         self.role.report(Connected(incarnation), self.now)
         self.say(Linked(), incarnation, epoch)
 
@@ -206,15 +231,13 @@ class Desk:
         """Writes the chunk into its slot, and returns what the writer would say; `flip`: with one bit wrong."""
         first, count = chunks(begin.start, len(begin.tokens), CHUNK)[lease.chunk]
         payload = np.array(kv_of(begin.tokens, begin.salt, [])[first : first + count], dtype=np.int64)
-        seed = seeds(begin.tokens, begin.salt, begin.start, CHUNK, layers=range(1), kv_heads=range(1))[
-            lease.chunk
-        ]
-        checksum = digest(payload.view(np.uint8), seed)
+        seed = seeds(begin.tokens, begin.salt, begin.start, CHUNK)[lease.chunk]
+        checksum = digest(payload.view(np.uint8), piece_seed(seed, first, count, range(1), range(1)))
         if flip:
             payload[count // 2] ^= 1 << 17
         self.slots[lease.slot, :count] = payload
         return ChunkDone(
-            begin.handoff_id, lease.lease_id, lease.epoch, lease.chunk, count * KV_BYTES, checksum
+            begin.handoff_id, lease.lease_id, lease.epoch, lease.chunk, count * KV_BYTES, [checksum]
         )
 
     def begun(self) -> tuple[Begin, list[Lease]]:

@@ -7,6 +7,7 @@ import pytest
 
 from decode.landing import CREDITS_PER_HANDOFF, PROBE_PERIOD_S
 from decode.role import DecodeRole
+from engine.api import RequestKey
 from engine.ledger import BlockLedger, SlotLedger
 from engine.scheduler import Limits
 from kvtransfer.leases import LEASES, LeaseState
@@ -130,6 +131,41 @@ def test_a_peer_of_another_model_is_refused_with_both_values() -> None:
     assert not desk.read_jobs(Connect)
 
 
+def test_each_peer_has_a_grid_of_its_own() -> None:
+    """Whole blocks of this worker, at most what both sides hold."""
+    desk = Desk()
+    desk.peer_up("small", "p1", block_size=3, chunk_tokens=7)
+    desk.peer_up("large", "p2", block_size=16, chunk_tokens=64)
+    for peer, chunk, count in (("small", 4, 4), ("large", CHUNK, 3)):
+        desk.submit(prompt_of(25, first=chunk), to=peer)
+        desk.turn()
+        (begin,) = desk.read(Begin)
+        handoff = desk.role.landing._handoffs[begin.handoff_id]
+        assert [part.first_token for part in handoff.chunks] == list(range(0, 24, chunk))
+        assert len(desk.credits(begin)) == min(count, CREDITS_PER_HANDOFF)
+
+
+def test_prefixes_that_crossed_with_loss_have_names_of_their_own() -> None:
+    """The other side computes exactly, so what travels is the request's own salt."""
+    names = set()
+    for wire_dtype in ("", "int8", "fp8_e4m3"):
+        desk = Desk(wire_dtype=wire_dtype)
+        desk.peer_up(wire_dtype=wire_dtype, chunk_tokens=CHUNK)
+        for n in (1, 2):
+            request = msgspec.structs.replace(
+                desk.submit(prompt_of(21), to="prefill"), request=RequestKey(2, n), n=n, salt="tenant"
+            )
+            desk.role.handle(request, desk.now)
+        sequences = [request.sequence for request in desk.role._requests.values()]
+        assert {request.submit.salt for request in desk.role._requests.values()} == {"", "tenant"}
+        for sequence in sequences:
+            sequence.match_prefix(desk.ledger, 16)
+            names.add((sequence.salt, sequence.hashes[0]))
+        desk.turn()
+        assert {begin.salt for begin in desk.read(Begin)} == {"", "tenant"}
+    assert len(names) == len({name for _, name in names}) == 6
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -196,10 +232,11 @@ def test_a_flipped_bit_is_refused_and_never_read(desk: Desk) -> None:
     assert desk.role.slots.free == 8
 
 
-def test_a_chunk_of_the_wrong_size_is_refused(desk: Desk) -> None:
+@pytest.mark.parametrize("wrong", [{"size_bytes": 8}, {"digests": []}, {"digests": [b"x" * 16] * 2}])
+def test_a_chunk_of_other_pieces_than_planned_is_refused(desk: Desk, wrong: dict[str, object]) -> None:
     request = desk.submit(prompt_of(9), to="prefill")
     begin, (lease,) = desk.begun()
-    desk.say(msgspec.structs.replace(desk.write(begin, lease), size_bytes=8))
+    desk.say(msgspec.structs.replace(desk.write(begin, lease), **wrong))
     desk.run()
     assert desk.role.counters["digest_refused"] == 1
     assert not desk.read_jobs(CopyOut)
@@ -675,7 +712,7 @@ def test_what_landed_may_take_the_pool_from_open_handoffs_when_nothing_runs() ->
     assert desk.at_rest()
 
 
-def test_chunks_that_do_not_begin_on_blocks_are_an_error_at_start() -> None:
-    with pytest.raises(ValueError, match="chunks of 8 tokens"):
+def test_slots_that_hold_no_block_are_an_error_at_start() -> None:
+    with pytest.raises(ValueError, match="chunks of 8 tokens, less than a block of 16"):
         DecodeRole(hello("decode", "d1"), BlockLedger(4, 2 * CHUNK), SlotLedger(1), Limits())
     assert CHUNK % BLOCK == 0

@@ -10,6 +10,7 @@ import pytest
 from engine.ledger import BlockLedger
 from engine.scheduler import Limits
 from kvtransfer.chunks import chunks
+from kvtransfer.handshake import CAPABILITIES
 from kvtransfer.messages import (
     Abort,
     Begin,
@@ -37,12 +38,37 @@ BLOCK, CHUNK = 4, 8
 Message = TypeVar("Message")
 
 
-def hello(worker_id: str, incarnation: str, epoch: int = 0, model: str = "m") -> Hello:
+def hello(
+    worker_id: str,
+    incarnation: str,
+    epoch: int = 0,
+    model: str = "m",
+    *,
+    block_size: int = BLOCK,
+    chunk_tokens: int = CHUNK,
+    wire_dtype: str = "",
+) -> Hello:
     kv = KvSpec(
-        model=model, layers=1, kv_heads=1, head_dim=1, dtype="float32", block_size=BLOCK, chunk_tokens=CHUNK
+        model=model,
+        layers=1,
+        q_heads=1,
+        kv_heads=1,
+        head_dim=1,
+        dtype="float32",
+        block_size=block_size,
+        chunk_tokens=chunk_tokens,
+        wire_dtype=wire_dtype,
     )
     return Hello(
-        worker_id=worker_id, incarnation=incarnation, kv=kv, transport="t", endpoint=b"", epoch=epoch
+        worker_id=worker_id,
+        incarnation=incarnation,
+        kv=kv,
+        transport="t",
+        endpoints=[b""],
+        epoch=epoch,
+        capabilities=list(CAPABILITIES),
+        slot_count=8,
+        slot_bytes=[chunk_tokens * KV_BYTES],
     )
 
 
@@ -113,8 +139,8 @@ class Desk:
 
     # ---- decode workers ----------------------------------------------------------------------------------------------
 
-    def peer_up(self, peer: str = "d1", epoch: int = 1) -> None:
-        self.role.handle(PeerUp(hello(peer, peer, epoch)), self.now)
+    def peer_up(self, peer: str = "d1", epoch: int = 1, **kv: int) -> None:
+        self.role.handle(PeerUp(hello(peer, peer, epoch, **kv)), self.now)
         self.role.report(Connected(peer), self.now)
 
     def say(self, message: ControlMessage, peer: str = "d1", epoch: int = 1) -> None:
@@ -134,11 +160,13 @@ class Desk:
         self.begun[peer, handoff] = begin
         self.say(begin, peer, epoch)
 
-    def credit(self, handoff: int, *parts: int, peer: str = "d1", epoch: int = 1) -> None:
+    def credit(
+        self, handoff: int, *parts: int, peer: str = "d1", epoch: int = 1, lease_s: float = 1000.0
+    ) -> None:
         leases = []
         for chunk in parts:
             self._lease += 1
-            leases.append(Lease(self._lease, epoch, chunk, 0, 1.0))
+            leases.append(Lease(self._lease, epoch, chunk, 0, lease_s))
         self.say(Credit(handoff, leases), peer, epoch)
 
     def sent(self) -> list[SendChunk]:
@@ -152,7 +180,7 @@ class Desk:
         begin = self.begun[write.peer, write.handoff_id]
         first, count = chunks(begin.start, len(begin.tokens), CHUNK)[write.lease.chunk]
         assert (write.first_token, write.tokens) == (first, count)
-        found = self.model.gather(write.blocks, write.blocks_start, first, count)
+        (found,) = self.model.gather(write.blocks, write.blocks_start, first, count)
         assert found.tolist() == kv_of(begin.tokens, begin.salt, [])[first : first + count]
 
     def settle(self, write: SendChunk, error: str = "") -> None:
@@ -252,6 +280,21 @@ def test_block_sizes_may_differ_from_the_chunks_of_the_pair() -> None:
     writes = desk.sent()
     assert [write.first_token for write in writes] == [2, 10, 18]
     assert [write.blocks_start for write in writes] == [0, 8, 16]
+
+
+def test_each_peer_has_a_grid_of_its_own() -> None:
+    """Whole blocks of the decode worker, at most what both sides hold."""
+    desk = Desk()
+    desk.peer_up("d1", block_size=8, chunk_tokens=64)
+    desk.peer_up("d2", block_size=3, chunk_tokens=7)
+    for peer, firsts in (("d1", [0, 8, 16]), ("d2", [0, 6, 12, 18])):
+        desk.begin(1, prompt_of(21), peer=peer)
+        desk.credit(1, *range(len(firsts)), peer=peer)
+        desk.run()
+        writes = desk.read_jobs(SendChunk)
+        assert [write.first_token for write in writes] == firsts
+        for write in writes:
+            desk.role.report(Sent(peer, 1, write.lease.lease_id, write.lease.chunk, 8), desk.now)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -389,6 +432,25 @@ def test_the_deadline_ends_a_handoff_without_credit(desk: Desk) -> None:
     assert "deadline" in refusal(desk)
     assert desk.role.at_rest
     assert desk.role.counters["handoffs_expired"] == 1
+
+
+def test_nothing_is_written_under_a_lease_that_is_over(desk: Desk) -> None:
+    desk.begin(1, prompt_of(20))
+    desk.credit(1, 0, lease_s=2.0)
+    desk.now = 2.0
+    desk.run()
+    assert not desk.sent()
+    failed, quiet = desk.read()
+    assert isinstance(failed, Failed) and quiet == Quiet(1, 1)
+    assert desk.role.at_rest
+
+
+def test_a_lease_on_a_slot_that_there_is_not_fails_the_handoff(desk: Desk) -> None:
+    desk.begin(1, prompt_of(20))
+    desk.say(Credit(1, [Lease(1, 1, 0, 7, 9.0), Lease(2, 1, 1, 8, 9.0)]))
+    assert refusal(desk) == "a lease on slot 8 of a worker with 8"
+    desk.run()
+    assert not desk.sent()
 
 
 def test_the_deadline_waits_for_writes_in_flight(desk: Desk) -> None:
@@ -590,6 +652,6 @@ def test_the_models_kv_is_checked_by_these_tests(desk: Desk) -> None:
     desk.begin(1, prompt_of(9))
     desk.credit(1, 0)
     desk.run()
-    desk.model.pool[:] = np.int64(7)
+    desk.model.pools[0][:] = np.int64(7)
     with pytest.raises(AssertionError):
         desk.sent()

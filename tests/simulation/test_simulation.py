@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,8 +16,9 @@ from decode.states import REQUESTS
 from engine.ledger import BlockLedger, SlotLedger
 from engine.lifecycle import Lifecycle
 from engine.scheduler import Limits
+from kvtransfer.join import Join
 from kvtransfer.leases import LEASES, LeaseBook
-from kvtransfer.messages import ControlMessage, Hello, Quiet
+from kvtransfer.messages import ControlMessage, Copied, Hello, MoverReport, Quiet, Sent
 from prefill.role import Handoff, PrefillRole
 from prefill.states import HANDOFFS, State
 from simulation.mover import SimulatedMover, Weather
@@ -38,14 +39,22 @@ BATCHES = 6  # so that a failure names few seeds, and workers of xdist share the
 
 
 def cluster(
-    *, blocks: int = 200, prefill_blocks: int = 200, slots: int = 4, timeout_s: float = 2.0, **changes: Any
+    *,
+    blocks: int = 200,
+    prefill_blocks: int = 200,
+    slots: int = 4,
+    timeout_s: float = 2.0,
+    block_sizes: tuple[int, int] = (4, 4),
+    ranks: tuple[int, int] = (1, 1),
+    heads: tuple[int, int] = (4, 2),
+    **changes: Any,
 ) -> Settings:
-    """Two decode and two prefill nodes; calm unless told otherwise."""
+    """Two decode and two prefill nodes; calm unless told otherwise. Pairs are prefill, decode."""
     spec = NodeSpec(
         worker_id="",
         decode=True,
         blocks=blocks,
-        block_size=4,
+        block_size=block_sizes[1],
         chunk_tokens=8,
         slots=slots,
         limits=Limits(32, 8),
@@ -53,12 +62,19 @@ def cluster(
         handoff_timeout_s=timeout_s,
         step_s=(0.001, 0.004),
         token_s=0.0001,
+        heads=heads,
+        tensor_parallel=ranks[1],
+    )
+    prefill = replace(
+        spec,
+        decode=False,
+        blocks=prefill_blocks,
+        block_size=block_sizes[0],
+        slots=0,
+        tensor_parallel=ranks[0],
     )
     nodes = [replace(spec, worker_id=f"decode-{i}") for i in range(2)]
-    nodes += [
-        replace(spec, worker_id=f"prefill-{i}", decode=False, blocks=prefill_blocks, slots=0)
-        for i in range(2)
-    ]
+    nodes += [replace(prefill, worker_id=f"prefill-{i}") for i in range(2)]
     return Settings(nodes, **{"begin_s": 0.2, "load_s": 0.3, "remote": 1.0, **changes})
 
 
@@ -118,14 +134,60 @@ def test_every_kind_of_trouble_happens_and_is_survived() -> None:
     assert not [fact for fact in TROUBLES if not facts[fact]], "never happened"
 
 
-def test_calm_clusters_hand_everything_over() -> None:
+# Prefill and decode: ranks, tokens in a block, then query and kv heads of the model.
+PAIRS = [
+    ((1, 1), (4, 4), (1, 1)),
+    ((1, 2), (8, 4), (4, 2)),
+    ((2, 1), (4, 8), (4, 2)),
+    ((4, 4), (3, 8), (4, 2)),  # each kv head in two ranks on both sides
+    ((3, 2), (3, 4), (6, 3)),  # heads that do not divide evenly
+    ((4, 1), (8, 4), (4, 1)),
+]
+
+
+@pytest.mark.parametrize(("ranks", "block_sizes", "heads"), PAIRS)
+def test_calm_clusters_hand_everything_over(
+    ranks: tuple[int, int], block_sizes: tuple[int, int], heads: tuple[int, int]
+) -> None:
     """Without trouble and with room no hand-off fails, so what the other tests survive is not the normal case."""
-    reports = run(cluster(cancels=0.0))
+    reports = run(cluster(cancels=0.0, ranks=ranks, block_sizes=block_sizes, heads=heads))
     assert not violations(reports)
     for report in reports:
         assert report.facts["prefilled_remote"] > 10
         assert not report.facts["count_handoffs_failed"]
         assert not report.facts["count_failed"]
+
+
+class WatchedJoin(Join):
+    """Notes the jobs at which some ranks fared well and others did not."""
+
+    seen: ClassVar[dict[tuple[str, int, int], set[bool]]] = {}
+
+    def put(self, rank: int, report: MoverReport) -> None:
+        if isinstance(report, Sent) and report.pieces:
+            self.seen.setdefault(("sent", id(self), report.lease_id), set()).add(not report.error)
+        elif isinstance(report, Copied):
+            self.seen.setdefault(("copied", id(self), report.lease_id), set()).add(report.verified)
+        super().put(rank, report)
+
+
+def test_ranks_that_fare_differently_are_one_worker() -> None:
+    """One rank's write fails, is late, or brings wrong bytes; one rank copies much later than the others."""
+    WatchedJoin.seen.clear()
+    settings = cluster(
+        ranks=(2, 4),
+        block_sizes=(8, 4),
+        requests=60,
+        weather=Weather(late=0.1, corrupt=0.1, fails=0.05),
+        faults={"break": 2, "kill": 1},
+        fault_s=1.0,
+        load_s=1.0,
+    )
+    reports = run(settings, 5, join=WatchedJoin)
+    assert not violations(reports)
+    assert sum(report.facts["late_ranks"] for report in reports)
+    differed = {kind for (kind, _, _), outcomes in WatchedJoin.seen.items() if len(outcomes) == 2}
+    assert differed == {"sent", "copied"}
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -172,8 +234,8 @@ class SkipsDigest(SimulatedMover):
 class FreesEarly(PrefillRole):
     """Lets go of the source blocks when the writes are asked for, not when they have settled."""
 
-    def _pump(self, handoff: Handoff) -> None:
-        super()._pump(handoff)
+    def _pump(self, handoff: Handoff, now: float) -> None:
+        super()._pump(handoff, now)
         if handoff.state is State.SENDING and handoff.posted == len(handoff.chunks):
             handoff.sequence.drop_blocks(self.blocks)
 
@@ -256,6 +318,26 @@ class ForksWithoutCopies(DecodeRole):
         return plan
 
 
+class CopiedTooSoon(Join):
+    """Takes the copy of rank 0 for that of all."""
+
+    def put(self, rank: int, report: MoverReport) -> None:
+        if not isinstance(report, Copied):
+            super().put(rank, report)
+        elif rank == 0:
+            self._on_report(report)
+
+
+class FailsTooSoon(Join):
+    """Says that a write failed while those of other ranks are in flight."""
+
+    def put(self, rank: int, report: MoverReport) -> None:
+        if not isinstance(report, Sent):
+            super().put(rank, report)
+        elif report.error:
+            self._on_report(report)
+
+
 def with_decode(role: type[DecodeRole]) -> Callable[[NodeSpec, Hello, BlockLedger], SimRole]:
     return lambda spec, hello, blocks: _role(spec, hello, blocks, decode=role)
 
@@ -311,6 +393,12 @@ CRAMPED = {"blocks": 40, "prefill_blocks": 24, "requests": 60, "load_s": 0.1, "t
         ({"make": with_decode(EndsTwice)}, {}, "a second end"),
         ({"make": with_decode(ForksWithoutCopies)}, {"forks": 0.7}, "is not its own"),
         ({"make": shares_too_much}, {"twins": 0.5}, "is not its own"),
+        ({"join": CopiedTooSoon}, {"ranks": (1, 2), "weather": Weather(late=0.3)}, "is not its own"),
+        (
+            {"join": FailsTooSoon},
+            {"ranks": (2, 1), "weather": Weather(fails=0.3), "timeout_s": 0.1, "load_s": 1.0},
+            "unknown hand-off",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -1,8 +1,9 @@
-"""Can these two workers hand KV to each other, and by which plan? Asked once per control stream, before anything moves.
+"""Can these two workers hand KV to each other, and by which plan? Asked once per control stream, before anything
+moves.
 
-Both roles call `agree` with the other's hello. Releases, tensor parallelism, block sizes and dtypes may differ; what the
-plan cannot serve is an error that names both values. What a release can do is told by name, so that one that learns
-something new still talks to one that has not.
+Both roles call `agree` with the other's hello. Releases, tensor parallelism, block sizes and dtypes may differ; what
+the plan cannot serve is an error that names both values. What a release can do is told by name, so that one that
+learns something new still talks to one that has not.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def _small_slots(made: Plan, decode: Hello) -> list[str]:
     needed = np.zeros(decode.kv.tensor_parallel, dtype=np.int64)
     np.maximum.at(needed, pieces.target, pieces.offset + pieces.size_bytes)
     return [
-        f"rank {rank} of {decode.worker_id} has slots of {slot} bytes, a chunk of {made.chunk_tokens} tokens needs {need}"
+        f"rank {rank} of {decode.worker_id} has slots of {slot} bytes, "
+        f"a chunk of {made.chunk_tokens} tokens needs {need}"
         for rank, (slot, need) in enumerate(zip(decode.slot_bytes, needed.tolist(), strict=True))
         if slot < need
     ]

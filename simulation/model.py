@@ -1,7 +1,8 @@
 """A model whose KV can be checked: the KV of a position is a hash of all tokens up to it, and so is what is drawn.
 
-A worker of several ranks has a pool in each, with the kv heads of that rank; each head has words of its own. Each request's answer is a pure function of its prompt, however it travelled, and a step that reads KV which
-is unwritten, stale, foreign or misplaced is caught on the spot.
+A worker of several ranks has a pool in each, with the kv heads of that rank; each head has words of its own. Each
+request's answer is a pure function of its prompt, however it travelled, and a step that reads KV which is unwritten,
+stale, foreign or misplaced is caught on the spot.
 """
 
 from __future__ import annotations

@@ -52,15 +52,18 @@ class PoolSection(_Section):
 
     replicas: NotNegative = 1
     tensor_parallel: Positive = 1
-    kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25  # for each worker
+    placement: Literal["pack", "spread"] = (
+        "pack"  # a worker's ranks: on one node, or on any nodes of a joined Ray
+    )
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 0.25  # for each rank
     block_size: Positive = 16  # tokens
     max_batch_tokens: Positive = 512  # in one step
     max_running: Positive = 256
     max_waiting: Positive = 512
     num_cpus: Annotated[float, Field(ge=0)] = (
-        0.5  # reserved in Ray; also the number of compute threads, at least 1
+        0.5  # for each rank, reserved in Ray; also the number of compute threads, at least 1
     )
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0  # for each rank
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}  # of a joined Ray: on nodes which have them
 
     @field_validator("tensor_parallel")

@@ -14,9 +14,16 @@ from typing import Protocol
 import msgspec
 
 from cluster import guard
-from cluster.process import ChildProcess, StartError, log_tail, thread_environment
+from cluster.process import ChildProcess, StartError, log_tail, module_command, thread_environment
 from cluster.specs import Place
 from worker.spec import Role, Started, WorkerSpec
+
+LAST_WORDS_S = 1.0  # for rank 0 to say why, after another rank failed
+
+
+def rank_name(worker_id: str, rank: int) -> str:
+    """The name of a rank's process and log."""
+    return f"{worker_id}-rank{rank}" if rank else worker_id
 
 
 class WorkerHandle(Protocol):
@@ -94,25 +101,51 @@ class PlainLauncher:
         """Nothing to prepare."""
 
     async def start_worker(self, spec: WorkerSpec, place: Place) -> WorkerHandle:
+        """All its ranks together: none is ready before all have met."""
+        starting = [
+            asyncio.create_task(self._start_rank(msgspec.structs.replace(spec, rank=rank), place))
+            for rank in range(spec.tensor_parallel)
+        ]
+        try:
+            await asyncio.wait(starting, return_when=asyncio.FIRST_EXCEPTION)
+            # Rank 0's words first: it knows what the others said before they ended.
+            failed = next((each for each in starting if each.done() and each.exception()), None)
+            if failed is not None:
+                await asyncio.wait(starting[:1], timeout=LAST_WORDS_S)
+                raise (
+                    next(each.exception() for each in starting if each.done() and each.exception()) or failed
+                )
+            ranks = [each.result() for each in starting]
+            return _PlainHandle(
+                [child for child, _ in ranks], decode_started(ranks[0][1], spec), self._children.discard
+            )
+        except BaseException:
+            for each in starting:
+                each.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
+            for each in starting:
+                if not each.cancelled() and each.exception() is None:
+                    child, _ = each.result()
+                    self._children.discard(child)
+                    await child.kill()
+            raise
+
+    async def _start_rank(self, spec: WorkerSpec, place: Place) -> tuple[ChildProcess, bytes]:
         environment = {**thread_environment(spec.threads), guard.MARK: self._mark}
         if place.gpu >= 0:
-            # The worker then sees one device, number 0; Ray gives its workers the same view.
-            environment["CUDA_VISIBLE_DEVICES"] = str(place.gpu)
+            # The rank then sees one device, number 0; Ray gives its workers the same view.
+            environment["CUDA_VISIBLE_DEVICES"] = str(place.gpu + spec.rank)
+        name = rank_name(spec.worker_id, spec.rank)
         child, line = await ChildProcess.start(
-            self._commands[spec.role],
+            self._commands[spec.role] if not spec.rank else module_command("worker.follower"),
             msgspec.json.encode(spec),
-            name=spec.worker_id,
-            log=self._log(spec.worker_id),
+            name=name,
+            log=self._log(name),
             timeout_s=self._start_timeout_s,
             environment=environment,
         )
         self._children.add(child)
-        try:
-            return _PlainHandle(child, decode_started(line, spec), self._children.discard)
-        except StartError:
-            self._children.discard(child)
-            await child.kill()
-            raise
+        return child, line
 
     async def close(self) -> None:
         await asyncio.gather(*(child.kill() for child in list(self._children)))
@@ -130,18 +163,27 @@ class PlainLauncher:
 
 
 class _PlainHandle:
-    def __init__(self, child: ChildProcess, started: Started, forget: Callable[[ChildProcess], None]) -> None:
+    """The processes of one worker, rank 0 first, which ends by itself when any of the others does."""
+
+    def __init__(
+        self, children: list[ChildProcess], started: Started, forget: Callable[[ChildProcess], None]
+    ) -> None:
         self.started = started
-        self._child = child
+        self._children = children
         self._forget = forget
 
     async def wait_dead(self) -> str:
-        return await self._child.wait_dead()
+        return await self._children[0].wait_dead()
 
     async def stop(self, grace_s: float) -> None:
-        await self._child.stop(grace_s)
-        self._forget(self._child)
+        await self._children[0].stop(grace_s)  # it tells the others
+        await self._end_others()
 
     async def kill(self) -> None:
-        await self._child.kill()
-        self._forget(self._child)
+        await self._children[0].kill()
+        await self._end_others()
+
+    async def _end_others(self) -> None:
+        await asyncio.gather(*(child.kill() for child in self._children[1:]))
+        for child in self._children:
+            self._forget(child)

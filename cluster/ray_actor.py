@@ -5,6 +5,7 @@ Created by `cluster.ray_launcher`, perhaps on another machine; nothing that is o
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import socket
@@ -18,24 +19,25 @@ from worker.spec import WorkerSpec
 
 
 class WorkerActor:
-    """Runs in the actor's process: opens the role's shell and keeps it."""
+    """Runs in the actor's process: opens the role's shell and keeps it. It is rank 0 of the worker."""
+
+    _listener: socket.socket | None = None
+
+    def listen(self) -> str:
+        """For a worker whose ranks are on several nodes: where they will find rank 0, HOST:PORT."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family)
+        return f"{host}:{self._listener.getsockname()[1]}"
 
     async def start(self, spec_json: bytes, shell_name: str, environment: dict[str, str], log: str) -> bytes:
         """Becomes the worker of this spec; returns its Started message as JSON."""
-        if log:
-            _log_to(log)
-        else:
-            # A joined Ray; it prints what its workers print: nothing of that may come to our standard output.
-            os.dup2(2, 1)
-        # Before the shell is imported, because that loads torch.
-        os.environ |= environment
-        spec = msgspec.json.decode(spec_json, type=WorkerSpec)
-        if not log:
-            spec = _on_this_node(spec)
-        _end_with_parent()
+        spec = _prepare(spec_json, environment, log)
         module, _, function = shell_name.partition(":")
         open_shell = getattr(importlib.import_module(module), function)
-        self._shell = open_shell(spec)
+        self._shell = open_shell(spec, self._listener) if self._listener is not None else open_shell(spec)
         return msgspec.json.encode(await self._shell.start())
 
     async def wait_closed(self) -> str:
@@ -44,6 +46,49 @@ class WorkerActor:
 
     async def stop(self) -> None:
         await self._shell.stop()
+
+
+class RankActor:
+    """Runs in the actor's process of another rank: keeps the process that computes, which ends when this one does."""
+
+    async def start(self, spec_json: bytes, environment: dict[str, str], log: str) -> int:
+        """Starts the rank and waits until it has met rank 0; returns its process id."""
+        spec = _prepare(spec_json, environment, log)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-u",
+            "-m",
+            "worker.follower",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
+        await self._process.stdin.drain()
+        if not await self._process.stdout.readline():
+            raise RuntimeError(
+                f"rank {spec.rank} ended with {await self._process.wait()} before it met rank 0"
+            )
+        return self._process.pid
+
+    async def wait_closed(self) -> str:
+        """Waits for the end of the rank's process."""
+        return f"ended with {await self._process.wait()}"
+
+
+def _prepare(spec_json: bytes, environment: dict[str, str], log: str) -> WorkerSpec:
+    """Makes this process ready to be a rank, before anything is imported that loads torch."""
+    if log:
+        _log_to(log)
+    else:
+        # A joined Ray; it prints what its workers print: nothing of that may come to our standard output.
+        os.dup2(2, 1)
+    os.environ |= environment
+    spec = msgspec.json.decode(spec_json, type=WorkerSpec)
+    if not log:
+        spec = _on_this_node(spec)
+    _end_with_parent()
+    return spec
 
 
 def _on_this_node(spec: WorkerSpec) -> WorkerSpec:

@@ -24,9 +24,9 @@ import msgspec
 
 from cluster import guard
 from cluster.config import CHECKOUT
-from cluster.launchers import WorkerHandle, decode_started
+from cluster.launchers import LAST_WORDS_S, WorkerHandle, decode_started, rank_name
 from cluster.process import StartError, log_tail, thread_environment
-from cluster.ray_actor import WorkerActor
+from cluster.ray_actor import RankActor, WorkerActor
 from cluster.specs import Place
 from worker.spec import Role, Started, WorkerSpec
 
@@ -81,19 +81,18 @@ class RayLauncher:
 
     async def start_worker(self, spec: WorkerSpec, place: Place) -> WorkerHandle:
         group = await self._reserve(spec, place)
-        actor = None
+        actors: list[Any] = []
         try:
-            actor = self._create_actor(spec, place, group)
-            log = str(self._log(spec.worker_id)) if self.local else ""
-            reference = actor.start.remote(
-                msgspec.json.encode(spec), self._shells[spec.role], thread_environment(spec.threads), log
-            )
-            line = await asyncio.wait_for(_as_future(reference), self._start_timeout_s)
+            actors += [
+                self._create_actor(WorkerActor if not rank else RankActor, spec, rank, place, group)
+                for rank in range(spec.tensor_parallel)
+            ]
+            line = await asyncio.wait_for(self._start_ranks(spec, place, actors), self._start_timeout_s)
             handle = _RayHandle(
-                actor, group, decode_started(line, spec), self._mark if self.local else "", self._forget
+                actors, group, decode_started(line, spec), self._mark if self.local else "", self._forget
             )
         except BaseException as error:
-            await asyncio.to_thread(_discard, actor, group)
+            await asyncio.to_thread(_discard, actors, group)
             if isinstance(error, TimeoutError):
                 raise StartError(
                     self._complaint(spec, f"was not ready within {self._start_timeout_s:g} s")
@@ -103,6 +102,36 @@ class RayLauncher:
             raise StartError(self._complaint(spec, f"did not start: {_first_lines(error)}")) from None
         self._handles.add(handle)
         return handle
+
+    async def _start_ranks(self, spec: WorkerSpec, place: Place, actors: list[Any]) -> bytes:
+        """Starts all ranks together, since none is ready before all have met; what rank 0 says then."""
+        if place.spread and len(actors) > 1:
+            spec = msgspec.structs.replace(spec, rendezvous=await _as_future(actors[0].listen.remote()))
+        environment = thread_environment(spec.threads)
+        first = _as_future(
+            actors[0].start.remote(
+                msgspec.json.encode(spec), self._shells[spec.role], environment, self._log_name(spec, 0)
+            )
+        )
+        others = [
+            _as_future(
+                actor.start.remote(
+                    msgspec.json.encode(msgspec.structs.replace(spec, rank=rank)),
+                    environment,
+                    self._log_name(spec, rank),
+                )
+            )
+            for rank, actor in enumerate(actors)
+            if rank
+        ]
+        await asyncio.wait([first, *others], return_when=asyncio.FIRST_EXCEPTION)
+        if not first.done():
+            # Another rank failed; rank 0 hears it and says why.
+            await asyncio.wait([first], timeout=LAST_WORDS_S)
+        if not first.done():
+            await asyncio.gather(*others)
+        line: bytes = await first
+        return line
 
     async def close(self) -> None:
         await asyncio.gather(*(handle.kill() for handle in list(self._handles)), return_exceptions=True)
@@ -126,6 +155,10 @@ class RayLauncher:
 
     def _log(self, worker_id: str) -> Path:
         return self._log_dir / f"{worker_id}.log"
+
+    def _log_name(self, spec: WorkerSpec, rank: int) -> str:
+        """Where a rank's output goes; empty: to Ray, on its node."""
+        return str(self._log(rank_name(spec.worker_id, rank))) if self.local else ""
 
     def _forget(self, handle: _RayHandle) -> None:
         self._handles.discard(handle)
@@ -185,12 +218,12 @@ class RayLauncher:
         self._opened = False
 
     async def _reserve(self, spec: WorkerSpec, place: Place) -> Any:
-        """A placement group of one bundle for each worker; the tensor-parallel ranks will be further bundles."""
+        """A placement group with a bundle for each rank."""
         bundle = {"CPU": place.num_cpus, "GPU": place.num_gpus}
         bundle = {name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001}
         bundle |= place.resources
         timeout_s = _LOCAL_PLACEMENT_S if self.local else self._start_timeout_s
-        group = await asyncio.to_thread(_ask_for, bundle, spec)
+        group = await asyncio.to_thread(_ask_for, bundle, spec, place)
         try:
             # Asked again and again: Ray would wait whole seconds, in a thread that holds up the end of the process.
             deadline = time.monotonic() + timeout_s
@@ -199,30 +232,33 @@ class RayLauncher:
                     return group
                 await asyncio.sleep(_PLACEMENT_POLL_S)
         except BaseException:
-            await asyncio.to_thread(_discard, None, group)
+            await asyncio.to_thread(_discard, [], group)
             raise
         total = await asyncio.to_thread(_give_up, group, bundle)
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+        if spec.tensor_parallel > 1:
+            where = "on any nodes" if place.spread else "on one node"
+            wanted = f"{spec.tensor_parallel} ranks with {wanted} each {where}"
         raise StartError(
             f"{spec.worker_id}: Ray has no room for {wanted} (the cluster has {total}, the other workers included); "
             f"lower {spec.role}.num_cpus, {spec.role}.num_gpus or the replicas, or add nodes"
             + (f" that have what {spec.role}.resources asks for" if place.resources else "")
         )
 
-    def _create_actor(self, spec: WorkerSpec, place: Place, group: Any) -> Any:
+    def _create_actor(self, kind: type, spec: WorkerSpec, rank: int, place: Place, group: Any) -> Any:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         return (
-            ray.remote(WorkerActor)
+            ray.remote(kind)
             .options(
-                name=f"{spec.worker_id}-{spec.incarnation}",
+                name=f"{rank_name(spec.worker_id, rank)}-{spec.incarnation}",
                 num_cpus=place.num_cpus or 0.001 * (not place.num_gpus),
                 num_gpus=place.num_gpus,
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=16,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
             )
             .remote()
         )
@@ -230,10 +266,10 @@ class RayLauncher:
 
 class _RayHandle:
     def __init__(
-        self, actor: Any, group: Any, started: Started, mark: str, forget: Callable[[_RayHandle], None]
+        self, actors: list[Any], group: Any, started: Started, mark: str, forget: Callable[[_RayHandle], None]
     ) -> None:
         self.started = started
-        self._actor = actor
+        self._actors = actors  # rank 0's first; it ends by itself when any other rank does
         self._group = group
         self._mark = mark  # empty: its processes are on another machine
         self._forget = forget
@@ -246,7 +282,7 @@ class _RayHandle:
     async def stop(self, grace_s: float) -> None:
         if not self._ended and not self._death.done():
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(_as_future(self._actor.stop.remote()), grace_s)
+                await asyncio.wait_for(_as_future(self._actors[0].stop.remote()), grace_s)
         await self.kill()
 
     async def kill(self) -> None:
@@ -255,17 +291,17 @@ class _RayHandle:
         self._ended = True
         self._forget(self)
         self._death.cancel()
-        await asyncio.to_thread(_discard, self._actor, self._group)
+        await asyncio.to_thread(_discard, self._actors, self._group)
         if self._mark:
             # Ray's word is not enough, and it knows nothing of the engine's process.
-            for pid in (self.started.pid, self.started.engine_pid):
+            for pid in (self.started.pid, *self.started.engine_pids):
                 guard.kill_marked(pid, self._mark)
 
     async def _watch(self) -> str:
         from ray.exceptions import RayError
 
         try:
-            return f"closed: {await _as_future(self._actor.wait_closed.remote())}"
+            return f"closed: {await _as_future(self._actors[0].wait_closed.remote())}"
         except RayError as error:
             return f"actor lost: {_first_lines(error)}"
 
@@ -274,10 +310,14 @@ def _as_future(reference: Any) -> asyncio.Future[Any]:
     return asyncio.wrap_future(reference.future())
 
 
-def _ask_for(bundle: dict[str, float], spec: WorkerSpec) -> Any:
+def _ask_for(bundle: dict[str, float], spec: WorkerSpec, place: Place) -> Any:
     import ray
 
-    return ray.util.placement_group([bundle], strategy="PACK", name=f"{spec.worker_id}-{spec.incarnation}")
+    return ray.util.placement_group(
+        [bundle] * spec.tensor_parallel,
+        strategy="SPREAD" if place.spread else "STRICT_PACK",
+        name=f"{spec.worker_id}-{spec.incarnation}",
+    )
 
 
 def _give_up(group: Any, bundle: Mapping[str, float]) -> str:
@@ -289,10 +329,10 @@ def _give_up(group: Any, bundle: Mapping[str, float]) -> str:
     return ", ".join(f"{has.get(name, 0):g} {name}" for name in dict.fromkeys(["CPU", "GPU", *bundle]))
 
 
-def _discard(actor: Any, group: Any) -> None:
+def _discard(actors: list[Any], group: Any) -> None:
     import ray
 
-    if actor is not None:
+    for actor in actors:
         with contextlib.suppress(Exception):
             ray.kill(actor)
     with contextlib.suppress(Exception):

@@ -22,12 +22,15 @@ WILDCARDS = ("0.0.0.0", "[::]", "::")  # listening there, a server is reached by
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a worker's launcher reserves for it."""
+    """What a worker's launcher reserves for each of its ranks."""
 
     num_cpus: float
     num_gpus: float
-    gpu: int = -1  # on a machine without Ray: which device, by its index
+    gpu: int = (
+        -1
+    )  # on a machine without Ray: rank 0's device, by its index; the other ranks have the next ones
     resources: Mapping[str, float] = field(default_factory=dict)  # of a joined Ray, by name
+    spread: bool = False  # ranks may be on several nodes of a joined Ray
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,11 @@ def check_machine(config: Config, cuda_devices: int | None = None) -> None:
     if not wanted or config.cluster.address != "local":
         return
     found = _cuda_devices() if cuda_devices is None else cuda_devices
-    total = sum(pool.num_gpus * pool.replicas for pool in wanted.values())
+    total = sum(pool.num_gpus * pool.tensor_parallel * pool.replicas for pool in wanted.values())
     if total > found:
         keys = ", ".join(
-            f"{name}.num_gpus = {pool.num_gpus:g} x {pool.replicas}" for name, pool in wanted.items()
+            f"{name}.num_gpus = {pool.num_gpus:g} x {pool.tensor_parallel * pool.replicas}"
+            for name, pool in wanted.items()
         )
         remedy = "set num_gpus to 0 to compute on the CPU" if not found else "lower num_gpus or replicas"
         raise ConfigError(f"{keys}: PyTorch sees {found} CUDA devices here; {remedy}")
@@ -109,9 +113,13 @@ def seats(config: Config, model: ModelConfig, token: str) -> list[Seat]:
     for role, pool in pools:
         for index in range(pool.replicas):
             place = Place(
-                pool.num_cpus, pool.num_gpus, int(gpus_used) if pool.num_gpus else -1, pool.resources
+                pool.num_cpus,
+                pool.num_gpus,
+                int(gpus_used) if pool.num_gpus else -1,
+                pool.resources,
+                pool.placement == "spread",
             )
-            gpus_used += pool.num_gpus
+            gpus_used += pool.num_gpus * pool.tensor_parallel
             found.append(Seat(_worker_spec(config, model, pool, role, index, token), place))
     return found
 
@@ -133,7 +141,6 @@ def _worker_spec(
         advertise_host=config.cluster.advertise_host or reached,
         model_path=config.model.path,
         dtype=config.model.dtype,
-        max_model_len=max_model_len(config, model),
         tensor_parallel=pool.tensor_parallel,
         kv_cache_bytes=pool.kv_cache_bytes,
         block_size=pool.block_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import grpc.aio
@@ -49,5 +50,5 @@ class DecodeShell(WorkerShell):
         self.send(FromPeer(peer, epoch, message))
 
 
-def open_shell(spec: WorkerSpec) -> DecodeShell:
-    return DecodeShell(spec)
+def open_shell(spec: WorkerSpec, listener: socket.socket | None = None) -> DecodeShell:
+    return DecodeShell(spec, listener)

@@ -14,13 +14,17 @@ from engine.api import Logprobs, SamplingParams
 
 
 class BlockTable:
-    """The ids of a sequence's KV blocks, in order: a growing int32 array, so that the runner never converts lists."""
+    """The ids of a sequence's KV blocks, in order: a growing int32 array, so that the runner never converts lists.
 
-    __slots__ = ("_ids", "_length")
+    It only grows, until it is cleared and starts anew: `lives` counts that, so that who has seen a part of it knows.
+    """
+
+    __slots__ = ("__weakref__", "_ids", "_length", "lives")
 
     def __init__(self) -> None:
         self._ids: npt.NDArray[np.int32] = np.empty(16, dtype=np.int32)
         self._length = 0
+        self.lives = 0
 
     def __len__(self) -> int:
         return self._length
@@ -43,6 +47,7 @@ class BlockTable:
         """Empties the table and returns what it held."""
         blocks: list[int] = self.ids.tolist()
         self._length = 0
+        self.lives += 1
         return blocks
 
 

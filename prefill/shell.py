@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 
 import grpc.aio
 
@@ -54,5 +55,5 @@ class PrefillShell(WorkerShell):
         self.send(PeerLost(peer, epoch))
 
 
-def open_shell(spec: WorkerSpec) -> PrefillShell:
-    return PrefillShell(spec)
+def open_shell(spec: WorkerSpec, listener: socket.socket | None = None) -> PrefillShell:
+    return PrefillShell(spec, listener)

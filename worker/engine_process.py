@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,16 +28,27 @@ class EngineProcess:
         module: str,
         on_message: Callable[[FromEngine], None],
         on_death: Callable[[str], None],
+        listener: socket.socket | None = None,
     ) -> None:
+        """`listener`: where the other ranks will dial, when they are on other hosts."""
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self._on_death = on_death
         to_engine, from_engine = ring.create(), ring.create()
         life_read, life_write = os.pipe2(os.O_CLOEXEC)
         inherited = [to_engine.memory, to_engine.event, from_engine.memory, from_engine.event, life_read]
-        # Without the cluster token: it is the shell's, and anyone on the machine can read a command line.
-        spec = msgspec.structs.replace(spec, token="")
-        arguments = {"spec": spec, "to_engine": to_engine, "from_engine": from_engine, "life": life_read}
+        # Without the cluster token: anyone on the machine can read a command line. Only ranks on several hosts need it.
+        token = _sealed(spec.token) if listener is not None else -1
+        arguments = {
+            "spec": msgspec.structs.replace(spec, token=""),
+            "to_engine": to_engine,
+            "from_engine": from_engine,
+            "life": life_read,
+            "listener": -1 if listener is None else listener.fileno(),
+            "token": token,
+        }
+        if listener is not None:
+            inherited += [listener.fileno(), token]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(spec.threads),
@@ -51,6 +63,9 @@ class EngineProcess:
             env=environment,
         )
         os.close(life_read)
+        if listener is not None:
+            os.close(token)
+            listener.close()
         self._life: int | None = life_write
         self._writer = ring.RingWriter(to_engine)
         self._reader = ring.RingReader(from_engine, FromEngine)
@@ -110,3 +125,10 @@ class EngineProcess:
         except TimeoutError:
             self._process.kill()
             await self.dead
+
+
+def _sealed(text: str) -> int:
+    """A descriptor from which a child can read this text."""
+    fd = os.memfd_create("baton-token", os.MFD_CLOEXEC)
+    os.pwrite(fd, text.encode(), 0)
+    return fd

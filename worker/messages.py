@@ -51,8 +51,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
     hello: Hello
     blocks: int
-    block_size: int
-    max_model_len: int
+    pids: list[int]  # of the ranks' processes
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

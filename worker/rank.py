@@ -1,4 +1,6 @@
-"""The rank process: loads the model, owns the KV, the transport and the step loop. No gRPC, asyncio or Ray in it.
+"""The process of a worker's rank 0: loads the model, owns the KV, the transport and the step loop.
+
+No gRPC, asyncio or Ray in it.
 
 `python -m prefill.rank` and `python -m decode.rank` call `main` with their role. The shell passes the specification
 and the inherited descriptors as JSON in the one argument.
@@ -9,35 +11,31 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 
 import msgspec
-import torch
 
 from baton import RELEASE
+from engine.collective import SharedMemory
 from engine.ledger import BlockLedger
-from engine.model_config import fingerprint
-from engine.runner import Runner, load_runner
 from engine.scheduler import Limits
-from engine.weights import Progress
-from kvtransfer.chunks import chunk_tokens_for
-from kvtransfer.messages import Hello, KvGroup, KvSpec
-from kvtransfer.mover import Mover
-from kvtransfer.transports import open_transport
-from worker.loop import ReportQueue, StepLoop
+from kvtransfer.handshake import CAPABILITIES
+from kvtransfer.join import Join
+from kvtransfer.messages import ChunkDone, Hello
+from worker.loop import Mover, ReportQueue, Runner, StepLoop
 from worker.messages import Fatal, Ready, ToEngine, ToPeer
+from worker.rank_link import RankReady, across_hosts
+from worker.rank_parts import RankParts, open_collective, open_parts
+from worker.ranks import GroupMover, GroupRunner, RankGroup
 from worker.ring import RingFds, RingReader, RingWriter
 from worker.role import Role
 from worker.spec import WorkerSpec
 
 log = logging.getLogger("baton.rank")
-
-_LONG_LOAD_BYTES = 1 << 30
-STAGING_BUFFERS = 3  # one being filled while others are in flight
 
 MakeRole = Callable[[WorkerSpec, Hello, BlockLedger, Limits], Role]
 
@@ -47,6 +45,8 @@ class RankArguments(msgspec.Struct, frozen=True):
     to_engine: RingFds
     from_engine: RingFds
     life: int  # read end of a pipe whose other end only the shell holds
+    listener: int = -1  # where ranks on other hosts dial
+    token: int = -1  # holds the cluster token then
 
 
 def main(make_role: MakeRole) -> None:
@@ -80,97 +80,83 @@ def _die_with_shell(life: int) -> None:
 
 def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> None:
     spec = arguments.spec
-    torch.set_num_threads(spec.threads)
-    runner = load_runner(
-        spec.model_path,
-        dtype=spec.dtype,
-        kv_bytes=spec.kv_cache_bytes,
-        block_size=spec.block_size,
-        device=spec.device,
-        progress=_logged(time.monotonic),
-    )
-    kv = _kv_spec(spec, runner)
-    blocks = BlockLedger(runner.kv_cache.num_blocks, spec.block_size)
+    group, parts = _open(arguments)
+    ranks = group.wait_ready() if group is not None else {}
+    hello = _hello(parts, ranks)
     reports = ReportQueue()
-    mover, hello = _open_mover(spec, kv, runner, reports, outbox)
-    limits = Limits(spec.max_batch_tokens, spec.max_running)
-    role = make_role(spec, hello, blocks, limits)
+
+    def fatal(error: BaseException) -> None:
+        outbox.send(Fatal(str(error)))
+        log.error("%s", error)
+        os._exit(1)
+
+    def send_control(peer: str, done: ChunkDone) -> None:
+        outbox.send(ToPeer(peer, done.epoch, done))
+
+    join = Join(spec.tensor_parallel, reports.put, send_control)
+    mover = parts.start_mover(lambda report: join.put(0, report), fatal)
+    if group is not None:
+        group.watch(join, fatal)
+    blocks = BlockLedger(parts.blocks, spec.block_size)
+    role = make_role(spec, hello, blocks, Limits(spec.max_batch_tokens, spec.max_running))
     inbox = RingReader(arguments.to_engine, ToEngine)
-    loop = StepLoop(role, runner, mover, reports, inbox, outbox)
-    own_limit = min(runner.config.max_positions, blocks.total * spec.block_size)
-    outbox.send(Ready(hello, blocks.total, spec.block_size, min(spec.max_model_len or own_limit, own_limit)))
+    runner_of_all: Runner = GroupRunner(parts.runner, group) if group is not None else parts.runner
+    mover_of_all: Mover | None = (
+        GroupMover(mover, group) if group is not None and mover is not None else mover
+    )
+    loop = StepLoop(role, runner_of_all, mover_of_all, reports, inbox, outbox)
+    outbox.send(Ready(hello, blocks.total, [os.getpid(), *(ranks[rank].pid for rank in sorted(ranks))]))
     try:
         loop.run()
     finally:
+        if group is not None:
+            group.close()
         if mover is not None:
             mover.close()
 
 
-def _logged(clock: Callable[[], float]) -> Progress:
-    """Tells of a model that takes a while to read: a line for each tenth, none for less than a GiB."""
-    began, told = clock(), 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        tenths = 10 * done // total
-        if total >= _LONG_LOAD_BYTES and tenths > told:
-            told = tenths
-            seconds = clock() - began
-            log.info("weights: %d %% of %.1f GiB after %.0f s", 10 * tenths, total / 2**30, seconds)
-
-    return progress
-
-
-def _kv_spec(spec: WorkerSpec, runner: Runner) -> KvSpec:
-    config = runner.config
-    kv = KvSpec(
-        model=fingerprint(spec.model_path),
-        layers=config.layers,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        dtype=str(runner.kv_cache.dtype).removeprefix("torch."),
-        block_size=spec.block_size,
-        chunk_tokens=0,
-        groups=tuple(KvGroup(group.kind, group.layers, group.window) for group in config.groups),
-    )
-    chunk_tokens = chunk_tokens_for(kv.token_bytes, [spec.block_size], wanted=spec.chunk_tokens)
-    return msgspec.structs.replace(kv, chunk_tokens=chunk_tokens)
+def _open(arguments: RankArguments) -> tuple[RankGroup | None, RankParts]:
+    """Meets the other ranks, if there are any, and loads this rank's share while they load theirs."""
+    spec = arguments.spec
+    if spec.tensor_parallel == 1:
+        return None, open_parts(spec, None)
+    listener = None
+    if arguments.listener >= 0:
+        listener = socket.socket(fileno=arguments.listener)
+        spec = msgspec.structs.replace(spec, token=os.pread(arguments.token, 1 << 16, 0).decode())
+    store, memory_fd = "", -1
+    if across_hosts(spec.rendezvous) or spec.device != "cpu":
+        store = free_store(spec.rendezvous)
+    else:
+        memory_fd = SharedMemory.create(spec.tensor_parallel)
+    group = RankGroup.meet(spec, listener, memory_fd, store)
+    collective = open_collective(spec, memory_fd, store)
+    return group, open_parts(spec, collective)
 
 
-def _open_mover(
-    spec: WorkerSpec, kv: KvSpec, runner: Runner, reports: ReportQueue, outbox: RingWriter
-) -> tuple[Mover | None, Hello]:
-    """The transport with this role's regions (slots, or buffers to send from) and the hello that names it."""
-    slot_bytes = kv.chunk_tokens * kv.token_bytes
-    slots = spec.slots if spec.role == "decode" else 0
-    staging = STAGING_BUFFERS if spec.role == "prefill" else 0
-    hello = Hello(
+def free_store(rendezvous: str) -> str:
+    """Where torch.distributed meets: a port on the host at which the ranks meet."""
+    host = rendezvous.rpartition(":")[0] if across_hosts(rendezvous) else "127.0.0.1"
+    bare = host.strip("[]")
+    with socket.create_server((bare, 0), family=socket.AF_INET6 if ":" in bare else socket.AF_INET) as found:
+        return f"{host}:{found.getsockname()[1]}"
+
+
+def _hello(parts: RankParts, ranks: dict[int, RankReady]) -> Hello:
+    """What this worker says to its peers of all its ranks. Raises RuntimeError when they disagree."""
+    for rank, ready in ranks.items():
+        if ready.blocks != parts.blocks:
+            raise RuntimeError(f"rank {rank} has {ready.blocks} KV blocks, rank 0 has {parts.blocks}")
+    others = [ranks[rank] for rank in sorted(ranks)]
+    spec, memory = parts.spec, parts.memory
+    return Hello(
         worker_id=spec.worker_id,
         incarnation=spec.incarnation,
-        kv=kv,
-        transport="",
-        endpoint=b"",
+        kv=parts.kv,
+        transport=memory.name if memory is not None else "",
+        endpoints=[parts.endpoint, *(each.endpoint for each in others)],
         release=RELEASE,
-        slot_count=slots,
-        slot_bytes=slot_bytes,
+        capabilities=list(CAPABILITIES),
+        slot_count=spec.slots if spec.role == "decode" else 0,
+        slot_bytes=[parts.slot_bytes, *(each.slot_bytes for each in others)],
     )
-    if not slots and not staging:
-        return None, hello
-    transport = open_transport(spec.transport, staging * slot_bytes, slots * slot_bytes, spec.incarnation)
-
-    def fatal(error: BaseException) -> None:
-        outbox.send(Fatal(f"transport: {error}"))
-        os._exit(1)
-
-    mover = Mover(
-        transport,
-        runner.kv_cache.layers,
-        kv,
-        slot_bytes=slot_bytes,
-        on_report=reports.put,
-        send_control=lambda peer, done: outbox.send(ToPeer(peer, done.epoch, done)),
-        on_fatal=fatal,
-    )
-    endpoint = transport.describe()
-    log.info("transport %s, %d slots of %d KiB", transport.name, slots, slot_bytes >> 10)
-    return mover, msgspec.structs.replace(hello, transport=transport.name, endpoint=endpoint)

@@ -220,7 +220,7 @@ def worker_status(
     address: str,
     transport: str,
     pid: int,
-    engine_pid: int,
+    engine_pids: list[int],
     engine_silent_s: float,
     load: Load | None,
 ) -> api.WorkerStatus:
@@ -233,7 +233,8 @@ def worker_status(
         alive=True,
         transport=transport,
         pid=pid,
-        engine_pid=engine_pid,
+        engine_pid=engine_pids[0],
+        engine_pids=engine_pids,
         engine_silent_s=engine_silent_s,
     )
     if load is not None:

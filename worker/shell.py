@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import sys
 import time
 
@@ -36,8 +37,10 @@ class WorkerShell:
 
     rank_module: str
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, listener: socket.socket | None = None) -> None:
+        """`listener`: where this worker's other ranks will dial, when they are on other hosts."""
         self.spec = spec
+        self._listener = listener
         self.ready: Ready | None = None
         self._load: Load | None = None
         self._address = ""
@@ -56,7 +59,9 @@ class WorkerShell:
         loop = asyncio.get_running_loop()
         self._is_ready = loop.create_future()
         self._closed = loop.create_future()
-        self._engine = EngineProcess(self.spec, self.rank_module, self._from_engine, self._engine_died)
+        self._engine = EngineProcess(
+            self.spec, self.rank_module, self._from_engine, self._engine_died, self._listener
+        )
         await asyncio.wait([self._is_ready, self._closed], return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
         if not self._is_ready.done():
             raise RuntimeError(f"{self.spec.worker_id}: {self._closed.result()}")
@@ -74,7 +79,7 @@ class WorkerShell:
             incarnation=self.spec.incarnation,
             address=self._address,
             pid=os.getpid(),
-            engine_pid=self._engine.pid,
+            engine_pids=self.ready.pids,
             transport=self.ready.hello.transport,
             blocks=self.ready.blocks,
         )
@@ -112,9 +117,8 @@ class WorkerShell:
         assert self._engine is not None
         transport = self.ready.hello.transport if self.ready else ""
         silent_s = time.monotonic() - self._heard
-        return worker_status(
-            self.spec, self._address, transport, os.getpid(), self._engine.pid, silent_s, self._load
-        )
+        pids = self.ready.pids if self.ready else [self._engine.pid]
+        return worker_status(self.spec, self._address, transport, os.getpid(), pids, silent_s, self._load)
 
     def _from_engine(self, message: FromEngine) -> None:
         self._heard = time.monotonic()

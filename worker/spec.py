@@ -28,7 +28,6 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0  # 0: any free one
     model_path: str
     dtype: str = "auto"
-    max_model_len: int = 0  # 0: the model's own
     tensor_parallel: int = 1
     rank: int = 0  # 0 is the worker's shell and its engine; the others are started beside it with the same incarnation
     rendezvous: str = ""  # where the ranks meet: path of a unix socket, or HOST:PORT if on several hosts
@@ -56,6 +55,11 @@ class Started(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: str
     address: str
     pid: int
-    engine_pid: int
+    engine_pids: list[int]  # by rank
     transport: str = ""
     blocks: int = 0
+
+    @property
+    def engine_pid(self) -> int:
+        """Of rank 0."""
+        return self.engine_pids[0]

@@ -246,7 +246,7 @@ class Ledger(_message.Message):
     def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_held: _Optional[int] = ..., blocks_landing: _Optional[int] = ..., blocks_total: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_leased: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., slots_total: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "incarnation", "address", "alive", "step", "waiting", "running", "waiting_tokens", "handoffs", "ledger", "transport", "peers", "counters", "pid", "engine_pid", "engine_silent_s")
+    __slots__ = ("worker_id", "role", "incarnation", "address", "alive", "step", "waiting", "running", "waiting_tokens", "handoffs", "ledger", "transport", "peers", "counters", "pid", "engine_pid", "engine_pids", "engine_silent_s")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -270,6 +270,7 @@ class WorkerStatus(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_PID_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_PIDS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_SILENT_S_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
@@ -287,5 +288,6 @@ class WorkerStatus(_message.Message):
     counters: _containers.ScalarMap[str, int]
     pid: int
     engine_pid: int
+    engine_pids: _containers.RepeatedScalarFieldContainer[int]
     engine_silent_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., alive: _Optional[bool] = ..., step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., handoffs: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., transport: _Optional[str] = ..., peers: _Optional[_Iterable[str]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ..., engine_pid: _Optional[int] = ..., engine_silent_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., alive: _Optional[bool] = ..., step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., handoffs: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., transport: _Optional[str] = ..., peers: _Optional[_Iterable[str]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ..., engine_pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., engine_silent_s: _Optional[float] = ...) -> None: ...

@@ -81,7 +81,7 @@ class FakeShell(worker_pb2_grpc.WorkerServicer):
             incarnation=incarnation,
             address=f"{self.spec.advertise_host}:{port}",
             pid=os.getpid(),
-            engine_pid=self.engine.pid,
+            engine_pids=[self.engine.pid],
             transport="fake",
             blocks=16,
         )

@@ -44,7 +44,7 @@ def test_the_pause_doubles_is_bounded_and_starts_again_after_a_long_life() -> No
 
 def started(worker_id: str, incarnation: str) -> Started:
     return Started(
-        worker_id=worker_id, role="decode", incarnation=incarnation, address="a:1", pid=1, engine_pid=2
+        worker_id=worker_id, role="decode", incarnation=incarnation, address="a:1", pid=1, engine_pids=[2]
     )
 
 

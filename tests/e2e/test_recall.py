@@ -26,7 +26,7 @@ async def test_equal_and_right_answers_local_remote_and_cached() -> None:
         messages, expected = make_question(rng, length, number / len(lengths), codec)
         prompt = codec.encode(codec.render_chat(messages), add_special_tokens=False)
         asked.append((prompt, expected))
-    options = {"kv_cache_bytes": 128 << 20, "dtype": "float32", "max_model_len": 4096}
+    options = {"kv_cache_bytes": 128 << 20, "dtype": "float32"}
     async with open_pair(DEMO, prefill=options, decode=options) as pair:
         how = {"tokens": 16, "stop_token_ids": list(codec.eos_ids)}
 

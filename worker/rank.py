@@ -124,22 +124,21 @@ def _open(arguments: RankArguments) -> tuple[RankGroup | None, RankParts]:
     if arguments.listener >= 0:
         listener = socket.socket(fileno=arguments.listener)
         spec = msgspec.structs.replace(spec, token=os.pread(arguments.token, 1 << 16, 0).decode())
-    store, memory_fd = "", -1
     if across_hosts(spec.rendezvous) or spec.device != "cpu":
-        store = free_store(spec.rendezvous)
-    else:
-        memory_fd = SharedMemory.create(spec.tensor_parallel)
-    group = RankGroup.meet(spec, listener, memory_fd, store)
-    collective = open_collective(spec, memory_fd, store)
-    return group, open_parts(spec, collective)
+        store, store_listener = _open_store(spec.rendezvous)
+        group = RankGroup.meet(spec, listener, -1, store)
+        return group, open_parts(spec, open_collective(spec, -1, store, store_listener))
+    memory_fd = SharedMemory.create(spec.tensor_parallel)
+    group = RankGroup.meet(spec, listener, memory_fd, "")
+    return group, open_parts(spec, open_collective(spec, memory_fd, ""))
 
 
-def free_store(rendezvous: str) -> str:
-    """Where torch.distributed meets: a port on the host at which the ranks meet."""
-    host = rendezvous.rpartition(":")[0] if across_hosts(rendezvous) else "127.0.0.1"
-    bare = host.strip("[]")
-    with socket.create_server((bare, 0), family=socket.AF_INET6 if ":" in bare else socket.AF_INET) as found:
-        return f"{host}:{found.getsockname()[1]}"
+def _open_store(rendezvous: str) -> tuple[str, socket.socket]:
+    """Where the ranks' torch.distributed meets, HOST:PORT, and the socket that listens there."""
+    host = rendezvous.rpartition(":")[0].strip("[]") if across_hosts(rendezvous) else "127.0.0.1"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.create_server((host, 0), family=family)
+    return f"{host}:{found.getsockname()[1]}", found
 
 
 def _hello(parts: RankParts, ranks: dict[int, RankReady]) -> Hello:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from engine.collective import Collective, Distributed, SharedMemory
+from engine.collective import Collective, SharedMemory
+from engine.distributed import Distributed
 from engine.model_config import ModelConfig, fingerprint
-from engine.runner import Runner, load_runner, resolve_dtype
+from engine.runner import DTYPES, Runner, load_runner
 from engine.weights import Progress
 from kvtransfer.chunks import chunk_tokens_for
 from kvtransfer.memory import TransferMemory
@@ -69,13 +71,23 @@ class RankParts:
         )
 
 
-def open_collective(spec: WorkerSpec, memory_fd: int, store: str) -> Collective | None:
-    """How the ranks sum: over the shared memory of `memory_fd`, or with torch.distributed that meets at `store`."""
-    if spec.tensor_parallel == 1:
-        return None
+def open_collective(
+    spec: WorkerSpec, memory_fd: int, store: str, listener: socket.socket | None = None
+) -> Collective:
+    """How the ranks sum: over the shared memory of `memory_fd`, or with torch.distributed that meets at `store`.
+
+    `listener`: rank 0's socket, which listens there already.
+    """
     if not store:
         return SharedMemory(memory_fd, spec.rank, spec.tensor_parallel, spec.rank_timeout_s)
-    return Distributed(store, spec.rank, spec.tensor_parallel, spec.rank_timeout_s, spec.device)
+    return Distributed(
+        "gloo" if spec.device == "cpu" else "nccl",
+        store,
+        spec.rank,
+        spec.tensor_parallel,
+        spec.rank_timeout_s,
+        listener=None if listener is None else listener.detach(),
+    )
 
 
 def open_parts(spec: WorkerSpec, collective: Collective | None) -> RankParts:
@@ -84,8 +96,8 @@ def open_parts(spec: WorkerSpec, collective: Collective | None) -> RankParts:
     kv = _kv_spec(spec)
     memory: TransferMemory | None = None
 
-    def storage(size_bytes: int) -> torch.Tensor | None:
-        """The memory of the KV pool: the transport may want to send from it."""
+    def storage(size_bytes: int) -> torch.Tensor:
+        """The memory of the KV pool, which the transport may want to send from."""
         nonlocal memory
         if spec.role == "prefill" or spec.slots:
             memory = TransferMemory.open(
@@ -98,7 +110,9 @@ def open_parts(spec: WorkerSpec, collective: Collective | None) -> RankParts:
                 incarnation=spec.incarnation,
                 pool_bytes=size_bytes,
             )
-        return memory.storage if memory is not None else None
+        if memory is not None and memory.storage is not None:
+            return memory.storage
+        return torch.empty(size_bytes, dtype=torch.uint8, device=spec.device)
 
     runner = load_runner(
         spec.model_path,
@@ -123,7 +137,7 @@ def _kv_spec(spec: WorkerSpec) -> KvSpec:
         q_heads=config.q_heads,
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
-        dtype=str(resolve_dtype(config, spec.dtype)).removeprefix("torch."),
+        dtype=str(DTYPES[config.dtype if spec.dtype == "auto" else spec.dtype]).removeprefix("torch."),
         block_size=spec.block_size,
         chunk_tokens=0,
         tensor_parallel=spec.tensor_parallel,

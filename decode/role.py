@@ -18,6 +18,7 @@ from decode.states import REQUESTS, State
 from engine.api import (
     Cancel,
     EndReason,
+    KvEvents,
     Load,
     PromptEntry,
     RequestEnd,
@@ -108,6 +109,9 @@ class DecodeRole:
                 "late_messages": self.landing.leases.late_messages,
             },
         )
+
+    def kv_events(self, limit: int) -> KvEvents | None:
+        return self.blocks.journal.take(limit)
 
     def check(self) -> None:
         """The integrity check; raises LedgerError."""

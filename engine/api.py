@@ -179,3 +179,15 @@ class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     ledger: LedgerCounts
     peers: list[str] = []
     counters: dict[str, int] = {}
+
+
+class KvEvents(msgspec.Struct, frozen=True, tag=True):
+    """What the prefix cache gained and lost since the batch `seq` - 1 (the first is 1); nothing is in both.
+
+    Hints of block names (`engine.prefix.HINT_BYTES` each), packed. `cleared`: all that was told before is gone.
+    """
+
+    seq: int
+    added: bytes = b""
+    evicted: bytes = b""
+    cleared: bool = False

@@ -13,7 +13,7 @@ import heapq
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
-from engine.api import Load, RequestKey
+from engine.api import KvEvents, Load, RequestKey
 from engine.ledger import BlockLedger, counts
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Limits, Scheduler
@@ -132,6 +132,9 @@ class PrefillRole:
             peers=[name for name, peer in self._peers.items() if peer.alive and peer.connected],
             counters={**self.counters, "evictions": self.blocks.evictions},
         )
+
+    def kv_events(self, limit: int) -> KvEvents | None:
+        return self.blocks.journal.take(limit)
 
     def check(self) -> None:
         self.blocks.check(at_rest=self.at_rest)

@@ -25,6 +25,8 @@ from worker.role import Action, Role
 LOAD_PERIOD_S = 0.05  # at most this often when something changed
 HEARTBEAT_S = 0.2  # at least this often, so that a hung engine shows
 REST_S = 1.0  # idle for so long: the integrity check, which scans all blocks, holds nobody up
+KV_PERIOD_S = 0.03  # while steps run, changes of the prefix cache are told at most this often
+KV_BATCH = 4096  # at most so many of them at once: 32 KiB
 WAIT_S = 0.02  # while hand-offs are open: deadlines and credits are looked at this often
 
 
@@ -90,6 +92,7 @@ class StepLoop:
         self._expecting = False
         self._busy_at: float | None = None  # when it was last seen at work; None: at rest and checked
         self._load_at = 0.0
+        self._kv_at = 0.0
         self._last_load: Load | None = None
 
     def run(self) -> None:
@@ -120,6 +123,7 @@ class StepLoop:
             self.role.commit(plan, result, now)
             self._carry_out(self.role.drain())
         self._tell_load(now)
+        self._tell_kv(now, idle=plan is None)
         self._check_at_rest(now)
         return plan is not None
 
@@ -156,6 +160,15 @@ class StepLoop:
             self._last_load = load
             self._load_at = now + LOAD_PERIOD_S
             self._say(load)
+
+    def _tell_kv(self, now: float, *, idle: bool) -> None:
+        """One batch a turn; the last ones of a busy time at once, since nothing else would wake an idle loop."""
+        if now < self._kv_at and not idle:
+            return
+        events = self.role.kv_events(KV_BATCH)
+        if events is not None:
+            self._kv_at = now + KV_PERIOD_S
+            self._say(events)
 
     def _check_at_rest(self, now: float) -> None:
         """The integrity check, once for each rest."""

@@ -15,6 +15,7 @@ from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
 from engine.api import (
     Cancel,
+    KvEvents,
     Load,
     Logprobs,
     PromptEntry,
@@ -26,6 +27,7 @@ from engine.api import (
     TokenEntry,
     Trace,
 )
+from worker.kv_feed import KvFeed, KvSubscription
 from worker.messages import SessionLost, ToEngine
 from worker.spec import WorkerSpec
 
@@ -42,6 +44,7 @@ class SessionOutbox:
         self._prompts: list[pb.PromptEntry] = []
         self._ends: list[pb.RequestEnd] = []
         self._status: api.WorkerStatus | None = None
+        self._kv: KvSubscription | None = None
         self._step = 0
 
     def add_tokens(self, step: int, new: TokenEntry) -> None:
@@ -91,6 +94,16 @@ class SessionOutbox:
         self._step = status.step
         self._wake.set()
 
+    def subscribe(self, feed: KvFeed) -> None:
+        """The router wants to know what the prefix cache has; asked again: from the beginning."""
+        if self._kv is None:
+            self._kv = feed.subscribe(self._wake.set)
+        self._kv.restart()
+
+    def close(self) -> None:
+        if self._kv is not None:
+            self._kv.close()
+
     async def next(self) -> pb.FromWorker:
         """Waits until there is something to say and takes all of it."""
         await self._wake.wait()
@@ -106,6 +119,10 @@ class SessionOutbox:
         self._prompts.clear()
         self._ends.clear()
         self._status = None
+        if self._kv is not None:
+            self._kv.fill(message)
+            if self._kv.pending:
+                self._wake.set()
         return message
 
 
@@ -118,6 +135,7 @@ class WorkerService:
         self._spec = spec
         self._send = send
         self._describe = describe
+        self._kv = KvFeed(spec.incarnation)
         self._sessions: dict[int, SessionOutbox] = {}
         self._request_ids: dict[RequestKey, str] = {}  # of open requests, for the log
         self._next = 1
@@ -142,6 +160,7 @@ class WorkerService:
         finally:
             reader.cancel()
             del self._sessions[session.number]
+            session.close()
             self._send(SessionLost(session.number))
 
     async def _read(self, session: SessionOutbox, requests: AsyncIterator[pb.ToWorker]) -> None:
@@ -151,6 +170,8 @@ class WorkerService:
             elif message.HasField("cancel"):
                 cancel = message.cancel
                 self._send(Cancel(RequestKey(session.number, cancel.key, cancel.attempt)))
+            elif message.HasField("kv_subscribe"):
+                session.subscribe(self._kv)
 
     def _submit(self, session: SessionOutbox, submit: pb.Submit) -> None:
         request = RequestKey(session.number, submit.key, submit.attempt)
@@ -207,6 +228,14 @@ class WorkerService:
             )
         if end.reason == "error":
             log.error("request %s failed: %s", request_id, end.detail)
+
+    def ready(self, block_size: int) -> None:
+        """The engine can take requests."""
+        self._kv.open(block_size)
+
+    def kv_events(self, events: KvEvents) -> None:
+        """The prefix cache changed: every router that asked is told."""
+        self._kv.apply(events)
 
     def load(self) -> None:
         """The worker's state changed: every router is told."""

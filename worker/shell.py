@@ -19,7 +19,7 @@ import msgspec
 from baton import rpc
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2_grpc
-from engine.api import Load, RequestEnd, StepOutput
+from engine.api import KvEvents, Load, RequestEnd, StepOutput
 from worker.engine_process import EngineProcess
 from worker.messages import Fatal, FromEngine, PeerRefused, Ready, ToEngine, ToPeer
 from worker.sessions import WorkerService, worker_status
@@ -127,7 +127,10 @@ class WorkerShell:
         elif isinstance(message, Load):
             self._load = message
             self.service.load()
+        elif isinstance(message, KvEvents):
+            self.service.kv_events(message)
         elif isinstance(message, Ready):
+            self.service.ready(message.block_size)
             assert self._is_ready is not None
             self._is_ready.set_result(message)
         elif isinstance(message, PeerRefused):

@@ -28,6 +28,7 @@ from kvtransfer.chunks import chunk_tokens_for
 from kvtransfer.messages import Hello, KvGroup, KvSpec
 from kvtransfer.mover import Mover
 from kvtransfer.transports import open_transport
+from worker.calibration import Profile, starting_costs
 from worker.loop import ReportQueue, StepLoop
 from worker.messages import Fatal, Ready, ToEngine, ToPeer
 from worker.ring import RingFds, RingReader, RingWriter
@@ -95,6 +96,8 @@ def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> N
     mover, hello = _open_mover(spec, kv, runner, reports, outbox)
     limits = Limits(spec.max_batch_tokens, spec.max_running)
     role = make_role(spec, hello, blocks, limits)
+    profile = Profile.of(spec, kv.model, kv.dtype)
+    role.costs = starting_costs(runner, blocks, limits, spec.calibrate_s, profile)
     inbox = RingReader(arguments.to_engine, ToEngine)
     loop = StepLoop(role, runner, mover, reports, inbox, outbox)
     own_limit = min(runner.config.max_positions, blocks.total * spec.block_size)
@@ -102,6 +105,7 @@ def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> N
     try:
         loop.run()
     finally:
+        profile.save(role.costs.costs)
         if mover is not None:
             mover.close()
 

@@ -11,10 +11,13 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
+
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
 from engine.api import (
     Cancel,
+    Costs,
     KvEvents,
     Load,
     Logprobs,
@@ -90,6 +93,8 @@ class SessionOutbox:
         self._wake.set()
 
     def set_status(self, status: api.WorkerStatus) -> None:
+        if self._status is not None and self._status.HasField("costs") and not status.HasField("costs"):
+            status.costs.CopyFrom(self._status.costs)  # not written yet
         self._status = status
         self._step = status.step
         self._wake.set()
@@ -190,6 +195,8 @@ class WorkerService:
                 salt=submit.salt,
                 priority=submit.priority,
                 n=submit.n or 1,
+                local=submit.local,
+                handoff_s=submit.handoff_s,
             )
         )
 
@@ -237,10 +244,12 @@ class WorkerService:
         """The prefix cache changed: every router that asked is told."""
         self._kv.apply(events)
 
-    def load(self) -> None:
-        """The worker's state changed: every router is told."""
-        status = self._describe()
+    def load(self, *, new_costs: bool) -> None:
+        """The worker's state changed: every router is told, of its costs only when they are new."""
         for session in self._sessions.values():
+            status = self._describe()
+            if not new_costs:
+                status.ClearField("costs")
             session.set_status(status)
 
 
@@ -252,6 +261,7 @@ def worker_status(
     engine_pid: int,
     engine_silent_s: float,
     load: Load | None,
+    costs: Costs | None,
 ) -> api.WorkerStatus:
     """The state of a worker as routers and operators see it."""
     status = api.WorkerStatus(
@@ -265,8 +275,11 @@ def worker_status(
         engine_pid=engine_pid,
         engine_silent_s=engine_silent_s,
     )
+    if costs is not None:
+        status.costs.CopyFrom(_costs(costs))
     if load is not None:
         ledger = load.ledger
+        status.queue.CopyFrom(api.WorkerQueue(**msgspec.structs.asdict(load.queue)))
         status.step = load.step
         status.waiting = load.waiting
         status.running = load.running
@@ -288,6 +301,25 @@ def worker_status(
             )
         )
     return status
+
+
+def _costs(costs: Costs) -> api.WorkerCosts:
+    return api.WorkerCosts(
+        **msgspec.structs.asdict(costs.step),
+        decode_spread=msgspec.structs.astuple(costs.decode),
+        prefill_spread=msgspec.structs.astuple(costs.prefill),
+        handoffs=[
+            api.HandoffCosts(
+                peer=one.peer,
+                latency_s=one.latency_s,
+                byte_s=one.byte_s,
+                spread=msgspec.structs.astuple(one.spread),
+                seen=one.seen,
+            )
+            for one in costs.handoffs
+        ],
+        seen=costs.seen,
+    )
 
 
 def _sampling(sampling: pb.EngineSampling) -> SamplingParams:

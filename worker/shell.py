@@ -19,7 +19,7 @@ import msgspec
 from baton import rpc
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2_grpc
-from engine.api import KvEvents, Load, RequestEnd, StepOutput
+from engine.api import Costs, KvEvents, Load, RequestEnd, StepOutput
 from worker.engine_process import EngineProcess
 from worker.messages import Fatal, FromEngine, PeerRefused, Ready, ToEngine, ToPeer
 from worker.sessions import WorkerService, worker_status
@@ -40,6 +40,7 @@ class WorkerShell:
         self.spec = spec
         self.ready: Ready | None = None
         self._load: Load | None = None
+        self._costs: Costs | None = None
         self._address = ""
         self._engine: EngineProcess | None = None
         self._server: grpc.aio.Server | None = None
@@ -113,7 +114,14 @@ class WorkerShell:
         transport = self.ready.hello.transport if self.ready else ""
         silent_s = time.monotonic() - self._heard
         return worker_status(
-            self.spec, self._address, transport, os.getpid(), self._engine.pid, silent_s, self._load
+            self.spec,
+            self._address,
+            transport,
+            os.getpid(),
+            self._engine.pid,
+            silent_s,
+            self._load,
+            self._costs,
         )
 
     def _from_engine(self, message: FromEngine) -> None:
@@ -126,7 +134,8 @@ class WorkerShell:
             self.service.request_end(message)
         elif isinstance(message, Load):
             self._load = message
-            self.service.load()
+            self._costs = message.costs or self._costs
+            self.service.load(new_costs=message.costs is not None)
         elif isinstance(message, KvEvents):
             self.service.kv_events(message)
         elif isinstance(message, Ready):

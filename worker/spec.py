@@ -41,6 +41,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 8  # landing slots of a decode worker
     chunk_tokens: int = 256  # wanted; made to fit slots of at most 16 MiB
     handoff_timeout_s: float = 30.0
+    calibrate_s: float = 0.0  # at most, of steps that measure the machine before the first request; 0: none
+    profile_dir: str = ""  # where what steps cost is kept between lives; empty: nowhere
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True):

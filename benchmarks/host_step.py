@@ -26,6 +26,7 @@ from engine.ledger import BlockLedger, SlotLedger
 from engine.plan import StepResult
 from engine.scheduler import Limits
 from kvtransfer.messages import Hello, KvSpec
+from worker.loop import KV_BATCH
 
 STEPS = 300
 PROMPT = 128
@@ -62,6 +63,7 @@ def step(role: DecodeRole) -> None:
     assert plan is not None
     role.commit(plan, StepResult([5] * len(plan.rows)), 0.0)
     msgspec.msgpack.encode(role.drain())
+    msgspec.msgpack.encode(role.kv_events(KV_BATCH))
 
 
 def measure(running: int, *, idle: bool) -> float:

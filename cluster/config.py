@@ -150,6 +150,9 @@ class ClusterSection(_Section):
     silence_s: Seconds = 15.0  # a worker that answers nothing for so long is killed and started again
     restart_backoff_s: Seconds = 0.5  # doubles with each death
     restart_backoff_max_s: Seconds = 30.0
+    # A worker measures what steps cost at start, at most so long; 0: not.
+    calibrate_s: Annotated[float, Field(ge=0)] = 0.5
+    profile_dir: str = ""  # on each node: what steps cost is kept there between starts; empty: nowhere
     restart_reset_s: Seconds = 60.0  # who stayed up for so long starts again with the first back-off
 
     @field_validator("address")

@@ -153,6 +153,8 @@ def _worker_spec(
         slots=config.kvtransfer.slots if config.prefill.replicas else 0,
         chunk_tokens=config.kvtransfer.chunk_tokens,
         handoff_timeout_s=config.kvtransfer.handoff_timeout_s,
+        calibrate_s=config.cluster.calibrate_s,
+        profile_dir=config.cluster.profile_dir,
     )
 
 

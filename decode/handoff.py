@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from engine.ledger import BlockLedger
 from engine.sequence import Sequence
 from kvtransfer.chunks import Chunk
-from kvtransfer.messages import ChunkDone
+from kvtransfer.messages import ChunkDone, Done
 from kvtransfer.plan import Plan
 
 
@@ -42,6 +42,7 @@ class Handoff:
     landing: dict[int, Landing] = field(default_factory=dict)
     ready: dict[int, list[int]] = field(default_factory=dict)  # verified, but an earlier chunk is missing
     size_bytes: int = 0
+    done: Done | None = None  # came before the last copy was verified
 
     @property
     def complete(self) -> bool:

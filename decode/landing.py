@@ -10,7 +10,9 @@ sequence; the last free slot is the oldest hand-off's alone. So the oldest one c
 
 from __future__ import annotations
 
-from collections import Counter
+import heapq
+import math
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,6 +51,12 @@ PROBE_PERIOD_S = 0.25
 CREDITS_PER_HANDOFF = 4  # enough to hide a round trip behind a chunk's write; more would only hold slots
 
 OnEnd = Callable[[Sequence, int, int, str, float], None]
+OnTimed = Callable[
+    [str, int, float], None
+]  # worker_id, size_bytes, seconds beyond the peer's queue and compute
+UNTIMED = 256  # finished hand-offs whose Done is awaited, at most
+PATIENCE = 2.0  # times its estimate, with nothing landed: the hand-off is looked at again
+LEAST_PATIENCE_S = 0.05
 
 
 @dataclass(slots=True)
@@ -83,7 +91,10 @@ class LandingZone:
         actions: list[Action],
         *,
         on_end: OnEnd,
+        on_timed: OnTimed = lambda *_: None,
+        local_s: Callable[[int, int], float] = lambda *_: math.inf,
     ) -> None:
+        """`local_s(uncached, cached)`: how long it would take to prefill that here."""
         if slots.total and hello.kv.chunk_tokens < blocks.block_size:
             raise ValueError(
                 f"landing slots hold chunks of {hello.kv.chunk_tokens} tokens, less than a block of "
@@ -97,6 +108,10 @@ class LandingZone:
         self._counters = counters
         self._actions = actions
         self._on_end = on_end
+        self._on_timed = on_timed
+        self._local_s = local_s
+        self._untimed: OrderedDict[int, tuple[str, str, int, float]] = OrderedDict()  # by hand-off id
+        self._slips: list[tuple[float, int]] = []  # heap: when to look again, hand-off id
         self._peers: dict[str, Peer] = {}  # by incarnation
         self._by_worker: dict[str, Peer] = {}  # the latest incarnation of each worker
         # Incarnations without a control stream that may still guard quarantined slots. In order: runs can be replayed.
@@ -206,6 +221,9 @@ class LandingZone:
         self._next_id += 1
         self._handoffs[handoff.handoff_id] = handoff
         self._of_sequence[id(sequence)] = handoff
+        if submit.handoff_s:
+            again = now + max(LEAST_PATIENCE_S, PATIENCE * submit.handoff_s)
+            heapq.heappush(self._slips, (again, handoff.handoff_id))
         message = Begin(
             handoff_id=handoff.handoff_id,
             request_id=submit.request_id,
@@ -266,6 +284,8 @@ class LandingZone:
             self.leases.quiet(event.peer, message.handoff_id, message.epoch)
             return
         handoff = self._handoffs.get(getattr(message, "handoff_id", 0))
+        if isinstance(message, Done):
+            self._timed(event.peer, message, handoff)
         if handoff is None or handoff.peer != event.peer or handoff.epoch != event.epoch:
             self.leases.late_messages += not isinstance(
                 message, Done
@@ -279,6 +299,44 @@ class LandingZone:
         ):
             # The stream is ordered: what was not announced before Done never will be.
             self._fail(handoff, "a chunk was never announced", now)
+
+    def _timed(self, incarnation: str, done: Done, handoff: Handoff | None) -> None:
+        """Done tells what the prefill worker's queue and compute were; usually the copy was quicker than that."""
+        if handoff is not None:
+            handoff.done = done
+            return
+        peer, worker_id, size_bytes, total_s = self._untimed.pop(done.handoff_id, ("", "", 0, 0.0))
+        if peer == incarnation:
+            self._on_timed(worker_id, size_bytes, total_s - done.queue_s - done.compute_s)
+
+    def _finished(self, handoff: Handoff, now: float) -> None:
+        """All of it came: what it took is learned from, now or when Done comes."""
+        peer = self._peers.get(handoff.peer)
+        if peer is None:
+            return
+        total_s = now - handoff.began
+        record = (handoff.peer, peer.hello.worker_id, handoff.size_bytes, total_s)
+        self._untimed[handoff.handoff_id] = record
+        if len(self._untimed) > UNTIMED:
+            self._untimed.popitem(last=False)
+        if handoff.done is not None:
+            self._timed(handoff.peer, handoff.done, None)
+
+    def _look_again(self, now: float) -> None:
+        """Hand-offs of which nothing has come long after all should have: computed here when that is quicker than
+        what they have waited already, which is the best guess of what they have yet to wait."""
+        while self._slips and self._slips[0][0] <= now:
+            _, handoff_id = heapq.heappop(self._slips)
+            handoff = self._handoffs.get(handoff_id)
+            if handoff is None or handoff.verified or handoff.landing or handoff.ready:
+                continue
+            waited_s = now - handoff.began
+            cached = handoff.sequence.computed
+            if self._local_s(handoff.sequence.wanted - cached, cached) < waited_s:
+                self._counters["handoffs_slipped"] += 1
+                self._fail(handoff, f"nothing came for {waited_s:.3f} s; here it is quicker", now)
+            else:
+                heapq.heappush(self._slips, (now + waited_s, handoff_id))
 
     def _chunk_done(self, handoff: Handoff, done: ChunkDone, now: float) -> None:
         record = self.leases.landed(handoff.peer, done)
@@ -320,6 +378,7 @@ class LandingZone:
             if handoff.complete:
                 del self._handoffs[handoff.handoff_id]
                 del self._of_sequence[id(handoff.sequence)]
+                self._finished(handoff, now)
                 self._end(handoff, "", now)
             return
         self.blocks.refuse_landing(blocks)
@@ -335,6 +394,7 @@ class LandingZone:
         while (oldest := self._oldest()) is not None and now >= oldest.deadline:
             self._counters["handoffs_expired"] += 1
             self._fail(oldest, f"not complete after {self.timeout_s:g} s", now, expired=True)
+        self._look_again(now)
         if self._handoffs:
             self._take_blocks()
             self._grant(running, now)

@@ -18,6 +18,7 @@ from decode.states import REQUESTS, State
 from engine.api import (
     Cancel,
     EndReason,
+    KvEvents,
     Load,
     PromptEntry,
     RequestEnd,
@@ -26,6 +27,7 @@ from engine.api import (
     Submit,
     TokenEntry,
 )
+from engine.costs import StepModel, prompt_attention, prompts_s
 from engine.ledger import BlockLedger, SlotLedger, counts
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Limits, Scheduler
@@ -52,6 +54,7 @@ class DecodeRole:
         self.slots = slots
         self.scheduler = Scheduler(blocks, limits)
         self.counters: Counter[str] = Counter()
+        self.costs = StepModel()
         self._actions: list[Action] = []
         self._requests: dict[RequestKey, Request] = {}
         self._by_session: dict[int, set[RequestKey]] = {}
@@ -69,6 +72,8 @@ class DecodeRole:
             self.counters,
             self._actions,
             on_end=self._handoff_ended,
+            on_timed=self._handoff_timed,
+            local_s=self._local_s,
         )
 
     # ---- what the step loop asks -------------------------------------------------------------------------------
@@ -108,7 +113,14 @@ class DecodeRole:
                 "evictions": self.blocks.evictions,
                 "late_messages": self.landing.leases.late_messages,
             },
+            queue=self.scheduler.queue(
+                self._max_waiting - self._sequences + self.scheduler.running,
+                self.landing.hello.kv.token_bytes,
+            ),
         )
+
+    def kv_events(self, limit: int) -> KvEvents | None:
+        return self.blocks.journal.take(limit)
 
     def check(self) -> None:
         """The integrity check; raises LedgerError."""
@@ -243,7 +255,8 @@ class DecodeRole:
         uncached = wanted - cached
         if submit.prefill_worker:
             if uncached < max(1, submit.local_below_tokens):
-                self.counters["turned_local"] += 1  # the router could not know how much is cached here
+                # The router could not know how much is cached here.
+                self.counters["turned_local"] += not submit.local
             else:
                 why = self.landing.begin(request.submit, sequence, cached, now)
                 if not why:
@@ -252,6 +265,7 @@ class DecodeRole:
                     request.trace.cached_tokens = cached
                     request.trace.prefill_worker = submit.prefill_worker
                     self.counters["remote"] += 1
+                    self.counters["turned_remote"] += submit.local
                     return
                 request.trace.fallback = why
                 self.counters["fallbacks"] += 1
@@ -261,6 +275,23 @@ class DecodeRole:
             request.begun = now
             request.trace.cached_tokens = cached
         self._queue(request, now)
+
+    def _handoff_timed(self, peer: str, size_bytes: int, exposed_s: float) -> None:
+        self.costs.handed_off(peer, size_bytes, exposed_s)
+
+    def _local_s(self, uncached: int, cached: int) -> float:
+        """Until so many more tokens of a prompt would be computed here, after what waits already."""
+        queue = self.scheduler.queue(0, 0)
+        return float(
+            prompts_s(
+                self.costs.step,
+                self.scheduler.running,
+                queue.kv_tokens,
+                queue.prompt_tokens + self.scheduler.waiting_tokens + uncached,
+                queue.attention + prompt_attention(uncached, cached),
+                max(1, queue.step_tokens - self.scheduler.running),
+            )
+        )
 
     def _queue(self, request: Request, now: float) -> None:
         request.state = REQUESTS.move(request.state, State.PREFILL)

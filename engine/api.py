@@ -69,6 +69,10 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     salt: str = ""
     priority: int = 0  # less is more urgent
     n: int = 1  # choices: each draws with its own noise, all share the prompt's KV
+    local: bool = (
+        False  # wanted so; but `local_below_tokens` or more of uncached suffix are handed off all the same
+    )
+    handoff_s: float = 0.0  # what the hand-off should take; 0 = unknown
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -168,8 +172,69 @@ class LedgerCounts(msgspec.Struct, frozen=True, kw_only=True):
     slots_total: int = 0
 
 
+class StepCosts(msgspec.Struct, frozen=True):
+    """What a step costs, in seconds: base + sequence * N + kv_token * K + token * u + attention * u * (u/2 + cached).
+
+    N decoding sequences with K tokens of KV, and u prompt tokens after `cached` ones; see `engine.costs`.
+    """
+
+    base_s: float = 5e-3
+    sequence_s: float = 2e-4
+    kv_token_s: float = 1e-7
+    token_s: float = 2e-4
+    attention_s: float = 1e-8
+
+
+class Spread(msgspec.Struct, frozen=True, array_like=True):
+    """Quantiles of measured over predicted time."""
+
+    p50: float = 1.0
+    p90: float = 1.5
+    p99: float = 2.5
+
+
+class HandoffCost(msgspec.Struct, frozen=True):
+    """What a hand-off from prefill worker `peer` adds to its queue and compute: latency + seconds for each byte of KV,
+    as much of it as computing does not hide."""
+
+    peer: str  # worker_id
+    latency_s: float = 5e-3
+    byte_s: float = 2e-10
+    spread: Spread = Spread()
+    seen: int = 0
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """What a worker has measured of itself. `seen`: steps and synthetic steps; 0 means that these are guesses."""
+
+    step: StepCosts = StepCosts()
+    decode: Spread = Spread()  # of steps without prompt tokens
+    prefill: Spread = Spread()  # of steps with some
+    handoffs: list[HandoffCost] = []
+    seen: int = 0
+
+
+class Queue(msgspec.Struct, frozen=True, kw_only=True):
+    """What is before a worker, in the terms of `StepCosts`, as of `age_s` before it was said."""
+
+    kv_tokens: int = 0  # of running sequences
+    prompt_tokens: int = 0  # of prompts in progress, not computed yet; those that wait are `waiting_tokens`
+    attention: float = 0.0  # sum of u * (u/2 + cached) over prompts in progress and those that wait
+    room: int = 0  # requests (hand-offs) that it would still take
+    max_running: int = 0
+    step_tokens: int = 0  # at most in one step
+    capacity_tokens: int = 0  # of its KV memory
+    available_tokens: int = 0  # free, or cached and not in use
+    token_bytes: int = 0  # of KV, for one token
+    busy: float = 0.0  # share of the last seconds in which prompt tokens were computed
+    age_s: float = 0.0
+
+
 class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A worker's state for the router's view and for `baton status`; sent when it changed, at most every 50 ms."""
+    """A worker's state for the router's view and for `baton status`; sent when it changed, at most every 50 ms.
+
+    `costs` None: as told before.
+    """
 
     step: int
     waiting: int
@@ -179,3 +244,17 @@ class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     ledger: LedgerCounts
     peers: list[str] = []
     counters: dict[str, int] = {}
+    queue: Queue = Queue()
+    costs: Costs | None = None
+
+
+class KvEvents(msgspec.Struct, frozen=True, tag=True):
+    """What the prefix cache gained and lost since the batch `seq` - 1 (the first is 1); nothing is in both.
+
+    Hints of block names (`engine.prefix.HINT_BYTES` each), packed. `cleared`: all that was told before is gone.
+    """
+
+    seq: int
+    added: bytes = b""
+    evicted: bytes = b""
+    cleared: bool = False

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from enum import IntEnum
 
 from engine.api import LedgerCounts
+from engine.journal import CacheJournal
 
 
 class LedgerError(AssertionError):
@@ -44,6 +45,7 @@ class BlockLedger:
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._landing = 0
         self.evictions = 0
+        self.journal = CacheJournal()  # of what `match` finds
 
     # ---- counts ------------------------------------------------------------------------------------------------
 
@@ -109,6 +111,7 @@ class BlockLedger:
         if self._hash[block] is None and name not in self._by_hash:
             self._hash[block] = name
             self._by_hash[name] = block
+            self.journal.add(name)
 
     def clear_cache(self) -> None:
         """Forgets every cached block; held ones are freed, not cached, when they are released."""
@@ -120,6 +123,7 @@ class BlockLedger:
             assert self._hash[block] == name
             self._hash[block] = None
         self._by_hash.clear()
+        self.journal.clear()
 
     # ---- taking and giving back ----------------------------------------------------------------------------------
 
@@ -182,6 +186,7 @@ class BlockLedger:
         name = self._hash[block]
         assert name is not None
         del self._by_hash[name]
+        self.journal.evict(name)
         self._hash[block] = None
         self._state[block] = BlockState.FREE
         self._free.append(block)

@@ -42,16 +42,22 @@ def drawn_logprobs(
 
 def score(
     hidden: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
+    head: Callable[[torch.Tensor], torch.Tensor | None],
     targets: list[int],
     top: int,
     vocab: int,
-) -> Logprobs:
-    """Of `targets` [n], the tokens that follow the positions of hidden [n, hidden], a few logits at a time."""
-    found = Logprobs([], [], [])
+) -> Logprobs | None:
+    """Of `targets` [n], the tokens that follow the positions of hidden [n, hidden], a few logits at a time.
+
+    None where the head gives no logits, on ranks but the first; how often it is called is the same on all.
+    """
+    found: Logprobs | None = None
     size = max(1, SCORE_BYTES // (4 * vocab))
     ids = torch.tensor(targets, device=hidden.device)
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
-        found.extend(logprobs_of(head(hidden[part]), ids[part], top))
+        logits = head(hidden[part])
+        if logits is not None:
+            found = found or Logprobs([], [], [])
+            found.extend(logprobs_of(logits, ids[part], top))
     return found

@@ -2,28 +2,22 @@
 
 Called by the runner only. Rounds where transformers rounds (norms in fp32, products in the model's dtype), so that
 greedy tokens agree. Knows nothing of requests, only of token, position and attention plan. A rank of a tensor-parallel
-replica is the same decoder with fewer heads in its weights and an all-reduce for `reduce`.
+replica is the same decoder with less in its weights and a `Collective`: it sums the embeddings, and what the output
+and down projections give, over the ranks, and gathers the logits on rank 0. Which sums a step makes depends on its
+tokens and `wanted` alone, so that the ranks cannot get out of step.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from engine.attention import AttentionPlan, PagedAttention
+from engine.collective import Collective
 from engine.kv_cache import KVCache
 from engine.model_config import ModelConfig
 from engine.rotary import Rotary, rotate
 from engine.weights import LayerWeights, Weights
-
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""Sums partial results over the ranks: after the output and the down projection. With one rank, the identity."""
-
-
-def _alone(partial: torch.Tensor) -> torch.Tensor:
-    return partial
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -35,14 +29,18 @@ class Decoder:
     """The model's mathematics over given weights and cache; keeps no state of requests."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, cache: KVCache, reduce: Reduce = _alone
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        cache: KVCache,
+        collective: Collective | None = None,
     ) -> None:
         if cache.kv_heads != weights.kv_heads:
             raise ValueError(f"the cache has {cache.kv_heads} kv heads, the weights {weights.kv_heads}")
         self.config = config
         self._weights = weights
         self._cache = cache
-        self._reduce = reduce
+        self._collective = collective
         self._attention = PagedAttention()
         self._rotary = Rotary(config.rope, config.head_dim, weights.device)
         self._windows = config.windows
@@ -51,13 +49,19 @@ class Decoder:
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, wanted: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Computes the step's KV into the cache, and logits [wanted, vocab] after the tokens at indices `wanted`."""
+        """Computes the step's KV into the cache, and logits [wanted, vocab] after the tokens at indices `wanted`.
+
+        None when nothing is wanted, and on all ranks but the first.
+        """
         hidden = self.hidden(tokens, positions, plan, wanted)
         return None if hidden is None else self.head(hidden)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, vocab] of some rows of what `hidden` returned."""
-        return self._weights.head(hidden)
+    def head(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Logits [rows, vocab] of some rows of what `hidden` returned; None on all ranks but the first."""
+        local = self._weights.head(hidden)
+        if self._collective is None:
+            return local
+        return self._collective.gather_columns(local, self.config.vocab_size)
 
     def hidden(
         self, tokens: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, wanted: torch.Tensor | None
@@ -67,7 +71,7 @@ class Decoder:
         tokens, positions, wanted: int64 [tokens], [tokens], [wanted], the last ascending. With `wanted` None there are
         no logits, and what lies behind the last layer's keys and values is not computed.
         """
-        x = F.embedding(tokens, self._weights.embedding)
+        x = self._embed(tokens)
         cos, sin = self._rotary(positions, x.dtype)
         final = len(self._weights.layers) - 1
         for index, layer in enumerate(self._weights.layers):
@@ -81,6 +85,20 @@ class Decoder:
             x = x + self._reduce(layer.output(attended))
             x = x + self._feed_forward(layer, x)
         return rms_norm(x, self._weights.norm, self.config.rms_eps)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden]; of several ranks each knows some ids, and gives zeros for the others."""
+        if self._collective is None:
+            return F.embedding(tokens, self._weights.embedding)
+        vocabulary = self._weights.vocabulary
+        elsewhere = (tokens < vocabulary.start) | (tokens >= vocabulary.stop)
+        known = (tokens - vocabulary.start).masked_fill_(elsewhere, 0)
+        x = F.embedding(known, self._weights.embedding).masked_fill_(elsewhere.unsqueeze(1), 0)
+        return self._collective.all_reduce(x)
+
+    def _reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """Sums partial results over the ranks."""
+        return partial if self._collective is None else self._collective.all_reduce(partial)
 
     def _attend(
         self,

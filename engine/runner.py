@@ -1,7 +1,8 @@
 """Runs step plans: rows become index tensors, one forward, one draw for each row that samples.
 
 The only door between the bookkeeping and the tensors of a replica. Never decides anything: which rows, blocks and
-tokens is the scheduler's plan.
+tokens is the scheduler's plan. Of a tensor-parallel replica every rank has a runner and runs the same plans in the
+same order; only rank 0 draws.
 """
 
 from __future__ import annotations
@@ -13,33 +14,46 @@ import numpy as np
 import torch
 
 from engine.attention import GATHER_BYTES, AttentionPlan, Rows
-from engine.kv_cache import KVCache, block_bytes
+from engine.collective import Collective
+from engine.kv_cache import KVCache, Storage, blocks_in
 from engine.logits import shaped
 from engine.logprobs import drawn_logprobs, score
 from engine.model import Decoder
 from engine.model_config import ModelConfig
 from engine.plan import Row, StepPlan, StepResult
 from engine.sampler import sample
+from engine.shards import Shard
 from engine.weights import Progress, Weights, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Runner:
-    """One replica's model, parameters and KV memory."""
+    """One rank's model, parameters and KV memory; `shard` says which part of the replica it is."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, kv_cache: KVCache) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        kv_cache: KVCache,
+        collective: Collective | None = None,
+    ) -> None:
         self.config = config
         self.kv_cache = kv_cache
+        self.shard = _shard(collective)
         self._device = weights.device
         token_bytes = 2 * kv_cache.kv_heads * kv_cache.head_dim * kv_cache.dtype.itemsize
         self._gather_tokens = GATHER_BYTES // token_bytes if self._device.type == "cpu" else 1 << 40
         self._windows = tuple(sorted(set(config.windows)))
-        self._decoder = Decoder(config, weights, kv_cache)
+        self._decoder = Decoder(config, weights, kv_cache, collective)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """Computes one step. IndexError where a block table is too short or a token id is outside the vocabulary."""
+        """Computes one step. IndexError where a block table is too short or a token id is outside the vocabulary.
+
+        Ranks but the first give an empty result. Of `sampling`, `targets` and `top` they need to know whether there is
+        one, how many and nothing; of `history` and `prompt_length` nothing. CollectiveError when a rank fails.
+        """
         result = StepResult([-1] * len(plan.rows))
         if plan.copies:
             self.kv_cache.copy_blocks(plan.copies)
@@ -55,16 +69,17 @@ class Runner:
             return result
         for place, indices in scored.items():
             row, part = rows[place], hidden[self._to_device(np.searchsorted(wanted, indices))]
-            result.scores[order[place]] = score(
-                part, self._decoder.head, row.targets, row.top, self.config.vocab_size
-            )
+            scores = score(part, self._decoder.head, row.targets, row.top, self.config.vocab_size)
+            if scores is not None:
+                result.scores[order[place]] = scores
         if scored:
             hidden = hidden[self._to_device(np.searchsorted(wanted, drawn_from))]
         if drawing:
             logits = self._decoder.head(hidden)
-            self._draw(
-                logits, [rows[place] for place in drawing], [order[place] for place in drawing], result
-            )
+            if logits is not None:
+                self._draw(
+                    logits, [rows[place] for place in drawing], [order[place] for place in drawing], result
+                )
         return result
 
     def _draw(self, logits: torch.Tensor, rows: list[Row], indices: list[int], result: StepResult) -> None:
@@ -86,13 +101,17 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """As `run`, but gives the logits [rows, vocab] of all rows instead of drawing; for tests and evaluation."""
+        """As `run`, but gives the logits [rows, vocab] of all rows instead of drawing; for tests and evaluation.
+
+        Ranks but the first give [0, vocab].
+        """
         order = _order(plan.rows)
         rows = [plan.rows[index] for index in order]
         hidden = self._hidden(rows, _ends(rows) - 1)
-        if hidden is None:
+        logits = None if hidden is None else self._decoder.head(hidden)
+        if logits is None:
             return torch.empty(0, self.config.vocab_size)
-        return self._decoder.head(hidden)[np.argsort(order).tolist()]
+        return logits[np.argsort(order).tolist()]
 
     def _hidden(self, rows: list[Row], wanted: np.ndarray) -> torch.Tensor | None:
         """Computes the rows, as ordered by `_order`; what the head makes logits of, at the tokens `wanted` of all."""
@@ -105,6 +124,10 @@ class Runner:
         tokens = np.fromiter(
             itertools.chain.from_iterable(row.tokens for row in rows), np.int64, int(ends[-1])
         )
+        # Here and not in the embedding: a rank must not fail alone, nor a GPU long after.
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
+            raise IndexError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
         offsets = np.asarray(starts, dtype=np.int64) - ends + counts
         positions = np.arange(len(tokens)) + np.repeat(offsets, counts)
         tables = [row.block_table.ids for row in rows]
@@ -149,11 +172,15 @@ def load_runner(
     block_size: int = 16,
     device: str = "cpu",
     progress: Progress | None = None,
+    collective: Collective | None = None,
+    storage: Storage | None = None,
 ) -> Runner:
     """Reads a Hugging Face folder into a runner that is ready for its first step.
 
     Exactly one of `num_blocks` and `kv_bytes` sizes the KV cache. dtype "auto" is what the folder says. `progress` is
-    called with (bytes read, bytes in all) of the weights.
+    called with (bytes read, bytes in all) of the weights. With `collective` this is one rank of several: only its
+    slices are read, its cache has its kv heads, and `kv_bytes` are those of each rank, all of which get as many blocks.
+    The cache lies in `storage` if given. ValueError when there are more ranks than query heads.
     """
     if (num_blocks is None) == (kv_bytes is None):
         raise ValueError("give exactly one of num_blocks and kv_bytes")
@@ -161,12 +188,14 @@ def load_runner(
         raise ValueError(f"dtype={dtype!r}: expected 'auto' or one of {sorted(DTYPES)}")
     config = ModelConfig.from_folder(path)
     resolved = DTYPES[config.dtype if dtype == "auto" else dtype]
+    shard = _shard(collective)
     if num_blocks is None:
         assert kv_bytes is not None
-        num_blocks = kv_bytes // block_bytes(config, block_size, resolved)
-        if num_blocks < 1:
-            raise ValueError(
-                f"kv_bytes={kv_bytes} hold no block of {block_bytes(config, block_size, resolved)} bytes"
-            )
-    weights = load_weights(path, config, resolved, device, progress)
-    return Runner(config, weights, KVCache(config, num_blocks, block_size, resolved, device))
+        num_blocks = blocks_in(kv_bytes, config, block_size, resolved, shard.tp)
+    weights = load_weights(path, config, resolved, device, progress, shard)
+    cache = KVCache(config, num_blocks, block_size, resolved, device, weights.kv_heads, storage)
+    return Runner(config, weights, cache, collective)
+
+
+def _shard(collective: Collective | None) -> Shard:
+    return Shard(0, 1) if collective is None else Shard(collective.rank, collective.size)

@@ -11,10 +11,11 @@ wait. Cost per step is that of the sequences that run in it.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import deque
 from dataclasses import dataclass
 
-from engine.api import EndReason, Logprobs
+from engine.api import EndReason, Logprobs, Queue
 from engine.ledger import BlockLedger
 from engine.plan import Row, StepPlan, StepResult
 from engine.sequence import Phase, Sequence
@@ -95,6 +96,31 @@ class Scheduler:
     def waiting_tokens(self) -> int:
         """Tokens of waiting sequences that have no KV yet."""
         return self._waiting_tokens
+
+    def queue(self, room: int, token_bytes: int) -> Queue:
+        """For `Load`; the role knows its `room` and the size of its KV. A pass over all sequences: ask now and then."""
+        kv_tokens = prompt_tokens = 0
+        attention = 0.0
+        for sequence in self._running:
+            kv_tokens += sequence.computed
+            remaining = len(sequence.tokens) - sequence.computed
+            if remaining > 1:
+                prompt_tokens += remaining
+                attention += remaining * (remaining / 2 + sequence.computed)
+        for sequence in itertools.chain(self._waiting, self._landed):
+            remaining = len(sequence.tokens) - sequence.computed
+            attention += remaining * (remaining / 2 + sequence.computed)
+        return Queue(
+            kv_tokens=kv_tokens,
+            prompt_tokens=prompt_tokens,
+            attention=attention,
+            room=max(0, room),
+            max_running=self._max_running,
+            step_tokens=self.limits.max_batch_tokens,
+            capacity_tokens=self.ledger.total * self.ledger.block_size,
+            available_tokens=self.ledger.available * self.ledger.block_size,
+            token_bytes=token_bytes,
+        )
 
     @property
     def has_work(self) -> bool:

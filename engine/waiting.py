@@ -7,6 +7,7 @@ removing from the middle O(1).
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 from engine.sequence import Sequence
 
@@ -22,6 +23,10 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In no particular order."""
+        return iter(self._members)
 
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence in self._members

@@ -13,7 +13,8 @@ import heapq
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
-from engine.api import Load, RequestKey
+from engine.api import KvEvents, Load, RequestKey
+from engine.costs import StepModel
 from engine.ledger import BlockLedger, counts
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Limits, Scheduler
@@ -96,6 +97,7 @@ class PrefillRole:
         self.blocks = blocks
         self.scheduler = Scheduler(blocks, limits, urgent_preempts=False)
         self.counters: Counter[str] = Counter()
+        self.costs = StepModel()
         self._max_waiting = max_waiting
         self._actions: list[Action] = []
         self._peers: dict[str, Peer] = {}
@@ -135,7 +137,11 @@ class PrefillRole:
             ledger=counts(self.blocks),
             peers=[name for name, peer in self._peers.items() if peer.alive and peer.connected],
             counters={**self.counters, "evictions": self.blocks.evictions},
+            queue=self.scheduler.queue(self._max_waiting - self.scheduler.waiting, self.hello.kv.token_bytes),
         )
+
+    def kv_events(self, limit: int) -> KvEvents | None:
+        return self.blocks.journal.take(limit)
 
     def check(self) -> None:
         self.blocks.check(at_rest=self.at_rest)

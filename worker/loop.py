@@ -6,6 +6,7 @@ carry out what came of it. It blocks only when nothing can run, and wakes on the
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
@@ -15,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from engine.api import Load
+from engine.api import Costs, Load
 from engine.plan import StepPlan, StepResult
 from kvtransfer.messages import Connect, CopyOut, Disconnect, MoverJob, MoverReport, Probe, SendChunk
 from worker.messages import FromEngine, Shutdown, ToEngine
@@ -25,6 +26,9 @@ from worker.role import Action, Role
 LOAD_PERIOD_S = 0.05  # at most this often when something changed
 HEARTBEAT_S = 0.2  # at least this often, so that a hung engine shows
 REST_S = 1.0  # idle for so long: the integrity check, which scans all blocks, holds nobody up
+KV_PERIOD_S = 0.03  # while steps run, changes of the prefix cache are told at most this often
+KV_BATCH = 4096  # at most so many of them at once: 32 KiB
+SHARE_S = 2.0  # over which the share of prompt steps is averaged
 WAIT_S = 0.02  # while hand-offs are open: deadlines and credits are looked at this often
 
 
@@ -90,7 +94,11 @@ class StepLoop:
         self._expecting = False
         self._busy_at: float | None = None  # when it was last seen at work; None: at rest and checked
         self._load_at = 0.0
+        self._kv_at = 0.0
         self._last_load: Load | None = None
+        self._news_at = 0.0  # when events were read last
+        self._told_costs: Costs | None = None
+        self._share = _Share(clock())
 
     def run(self) -> None:
         """Returns after `Shutdown`, when the books were checked."""
@@ -106,7 +114,7 @@ class StepLoop:
             self._poll.poll(1000 * (WAIT_S if waiting_for_time else HEARTBEAT_S))
         else:
             self.outbox.flush()
-        now = self.clock()
+        now = self._news_at = self.clock()
         for event in self.inbox.read():
             self._event(event, now)
         for report in self.reports.read():
@@ -115,11 +123,14 @@ class StepLoop:
         plan = self.role.schedule(now)
         self._carry_out(self.role.drain())
         if plan is not None:
+            begun = now
             result = self.runner.run(plan)
             now = self.clock()
             self.role.commit(plan, result, now)
             self._carry_out(self.role.drain())
+            self.role.costs.observe(plan, self.clock() - begun)
         self._tell_load(now)
+        self._tell_kv(now, idle=plan is None)
         self._check_at_rest(now)
         return plan is not None
 
@@ -148,14 +159,31 @@ class StepLoop:
         if now < self._load_at:
             return
         load = self.role.load()
+        costs = self.role.costs.costs
+        self._share.add(self.role.costs.prompt_s, now)
+        load = msgspec.structs.replace(
+            load,
+            queue=msgspec.structs.replace(load.queue, busy=self._share.value, age_s=now - self._news_at),
+            costs=None if costs is self._told_costs else costs,
+        )
         if (
             self._last_load is None
             or now >= self._load_at - LOAD_PERIOD_S + HEARTBEAT_S
             or _differ(load, self._last_load)
         ):
             self._last_load = load
+            self._told_costs = costs
             self._load_at = now + LOAD_PERIOD_S
             self._say(load)
+
+    def _tell_kv(self, now: float, *, idle: bool) -> None:
+        """One batch a turn; the last ones of a busy time at once, since nothing else would wake an idle loop."""
+        if now < self._kv_at and not idle:
+            return
+        events = self.role.kv_events(KV_BATCH)
+        if events is not None:
+            self._kv_at = now + KV_PERIOD_S
+            self._say(events)
 
     def _check_at_rest(self, now: float) -> None:
         """The integrity check, once for each rest."""
@@ -167,4 +195,24 @@ class StepLoop:
 
 
 def _differ(one: Load, other: Load) -> bool:
-    return msgspec.structs.asdict(one) != msgspec.structs.asdict(other)
+    # Age and share change all the time and are worth no message of their own.
+    queue = msgspec.structs.replace(one.queue, age_s=other.queue.age_s, busy=other.queue.busy)
+    return msgspec.structs.replace(one, queue=queue) != other
+
+
+class _Share:
+    """The share of the last seconds that went into something whose seconds are counted up."""
+
+    def __init__(self, now: float) -> None:
+        self.value = 0.0
+        self._spent = 0.0
+        self._at = now
+
+    def add(self, spent: float, now: float) -> None:
+        """`spent` seconds in all, as of `now`."""
+        elapsed = now - self._at
+        if elapsed <= 0:
+            return
+        keep = math.exp(-elapsed / SHARE_S)
+        self.value = keep * self.value + (1 - keep) * min(1.0, (spent - self._spent) / elapsed)
+        self._spent, self._at = spent, now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.api import Cancel, Load, RequestEnd, StepOutput, Submit
+from engine.api import Cancel, KvEvents, Load, RequestEnd, StepOutput, Submit
 from kvtransfer.messages import ControlMessage, Hello
 
 
@@ -65,4 +65,4 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = Submit | Cancel | SessionLost | PeerUp | PeerLost | FromPeer | Shutdown
-FromEngine = Ready | StepOutput | RequestEnd | Load | ToPeer | PeerRefused | Fatal
+FromEngine = Ready | StepOutput | RequestEnd | Load | KvEvents | ToPeer | PeerRefused | Fatal

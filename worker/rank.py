@@ -26,6 +26,7 @@ from engine.scheduler import Limits
 from kvtransfer.handshake import CAPABILITIES
 from kvtransfer.join import Join
 from kvtransfer.messages import ChunkDone, Hello
+from worker.calibration import Profile, starting_costs
 from worker.loop import Mover, ReportQueue, Runner, StepLoop
 from worker.messages import Fatal, Ready, ToEngine, ToPeer
 from worker.rank_link import RankReady, across_hosts
@@ -98,9 +99,12 @@ def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> N
     if group is not None:
         group.watch(join, fatal)
     blocks = BlockLedger(parts.blocks, spec.block_size)
-    role = make_role(spec, hello, blocks, Limits(spec.max_batch_tokens, spec.max_running))
-    inbox = RingReader(arguments.to_engine, ToEngine)
+    limits = Limits(spec.max_batch_tokens, spec.max_running)
+    role = make_role(spec, hello, blocks, limits)
     runner_of_all: Runner = GroupRunner(parts.runner, group) if group is not None else parts.runner
+    profile = Profile.of(spec, parts.kv.model, parts.kv.dtype)
+    role.costs = starting_costs(runner_of_all, blocks, limits, spec.calibrate_s, profile)
+    inbox = RingReader(arguments.to_engine, ToEngine)
     mover_of_all: Mover | None = (
         GroupMover(mover, group) if group is not None and mover is not None else mover
     )
@@ -109,6 +113,7 @@ def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> N
     try:
         loop.run()
     finally:
+        profile.save(role.costs.costs)
         if group is not None:
             group.close()
         if mover is not None:

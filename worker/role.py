@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from engine.api import Load, RequestEnd, StepOutput
+from engine.api import KvEvents, Load, RequestEnd, StepOutput
+from engine.costs import StepModel
 from engine.plan import StepPlan, StepResult
 from kvtransfer.messages import Connect, CopyOut, Disconnect, MoverReport, Probe, SendChunk
 from worker.messages import PeerRefused, ToEngine, ToPeer
@@ -17,6 +18,8 @@ Action = Said | Job
 
 class Role(Protocol):
     """A pure state machine: events and `now` in, actions out. See `decode.role` and `prefill.role`."""
+
+    costs: StepModel  # learned by the step loop; the role adds what it sees, and may ask it
 
     @property
     def has_work(self) -> bool:
@@ -50,6 +53,9 @@ class Role(Protocol):
 
     def load(self) -> Load:
         """A snapshot for routers and operators."""
+
+    def kv_events(self, limit: int) -> KvEvents | None:
+        """The next batch of at most `limit` changes of the prefix cache; None when there is none."""
 
     def check(self) -> None:
         """Raises LedgerError when the books do not add up."""

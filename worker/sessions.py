@@ -11,10 +11,14 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
+
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
 from engine.api import (
     Cancel,
+    Costs,
+    KvEvents,
     Load,
     Logprobs,
     PromptEntry,
@@ -26,6 +30,7 @@ from engine.api import (
     TokenEntry,
     Trace,
 )
+from worker.kv_feed import KvFeed, KvSubscription
 from worker.messages import SessionLost, ToEngine
 from worker.spec import WorkerSpec
 
@@ -42,6 +47,7 @@ class SessionOutbox:
         self._prompts: list[pb.PromptEntry] = []
         self._ends: list[pb.RequestEnd] = []
         self._status: api.WorkerStatus | None = None
+        self._kv: KvSubscription | None = None
         self._step = 0
 
     def add_tokens(self, step: int, new: TokenEntry) -> None:
@@ -87,9 +93,21 @@ class SessionOutbox:
         self._wake.set()
 
     def set_status(self, status: api.WorkerStatus) -> None:
+        if self._status is not None and self._status.HasField("costs") and not status.HasField("costs"):
+            status.costs.CopyFrom(self._status.costs)  # not written yet
         self._status = status
         self._step = status.step
         self._wake.set()
+
+    def subscribe(self, feed: KvFeed) -> None:
+        """The router wants to know what the prefix cache has; asked again: from the beginning."""
+        if self._kv is None:
+            self._kv = feed.subscribe(self._wake.set)
+        self._kv.restart()
+
+    def close(self) -> None:
+        if self._kv is not None:
+            self._kv.close()
 
     async def next(self) -> pb.FromWorker:
         """Waits until there is something to say and takes all of it."""
@@ -106,6 +124,10 @@ class SessionOutbox:
         self._prompts.clear()
         self._ends.clear()
         self._status = None
+        if self._kv is not None:
+            self._kv.fill(message)
+            if self._kv.pending:
+                self._wake.set()
         return message
 
 
@@ -118,6 +140,7 @@ class WorkerService:
         self._spec = spec
         self._send = send
         self._describe = describe
+        self._kv = KvFeed(spec.incarnation)
         self._sessions: dict[int, SessionOutbox] = {}
         self._request_ids: dict[RequestKey, str] = {}  # of open requests, for the log
         self._next = 1
@@ -142,6 +165,7 @@ class WorkerService:
         finally:
             reader.cancel()
             del self._sessions[session.number]
+            session.close()
             self._send(SessionLost(session.number))
 
     async def _read(self, session: SessionOutbox, requests: AsyncIterator[pb.ToWorker]) -> None:
@@ -151,6 +175,8 @@ class WorkerService:
             elif message.HasField("cancel"):
                 cancel = message.cancel
                 self._send(Cancel(RequestKey(session.number, cancel.key, cancel.attempt)))
+            elif message.HasField("kv_subscribe"):
+                session.subscribe(self._kv)
 
     def _submit(self, session: SessionOutbox, submit: pb.Submit) -> None:
         request = RequestKey(session.number, submit.key, submit.attempt)
@@ -169,6 +195,8 @@ class WorkerService:
                 salt=submit.salt,
                 priority=submit.priority,
                 n=submit.n or 1,
+                local=submit.local,
+                handoff_s=submit.handoff_s,
             )
         )
 
@@ -208,10 +236,20 @@ class WorkerService:
         if end.reason == "error":
             log.error("request %s failed: %s", request_id, end.detail)
 
-    def load(self) -> None:
-        """The worker's state changed: every router is told."""
-        status = self._describe()
+    def ready(self, block_size: int) -> None:
+        """The engine can take requests."""
+        self._kv.open(block_size)
+
+    def kv_events(self, events: KvEvents) -> None:
+        """The prefix cache changed: every router that asked is told."""
+        self._kv.apply(events)
+
+    def load(self, *, new_costs: bool) -> None:
+        """The worker's state changed: every router is told, of its costs only when they are new."""
         for session in self._sessions.values():
+            status = self._describe()
+            if not new_costs:
+                status.ClearField("costs")
             session.set_status(status)
 
 
@@ -223,6 +261,7 @@ def worker_status(
     engine_pids: list[int],
     engine_silent_s: float,
     load: Load | None,
+    costs: Costs | None,
 ) -> api.WorkerStatus:
     """The state of a worker as routers and operators see it."""
     status = api.WorkerStatus(
@@ -237,8 +276,11 @@ def worker_status(
         engine_pids=engine_pids,
         engine_silent_s=engine_silent_s,
     )
+    if costs is not None:
+        status.costs.CopyFrom(_costs(costs))
     if load is not None:
         ledger = load.ledger
+        status.queue.CopyFrom(api.WorkerQueue(**msgspec.structs.asdict(load.queue)))
         status.step = load.step
         status.waiting = load.waiting
         status.running = load.running
@@ -260,6 +302,25 @@ def worker_status(
             )
         )
     return status
+
+
+def _costs(costs: Costs) -> api.WorkerCosts:
+    return api.WorkerCosts(
+        **msgspec.structs.asdict(costs.step),
+        decode_spread=msgspec.structs.astuple(costs.decode),
+        prefill_spread=msgspec.structs.astuple(costs.prefill),
+        handoffs=[
+            api.HandoffCosts(
+                peer=one.peer,
+                latency_s=one.latency_s,
+                byte_s=one.byte_s,
+                spread=msgspec.structs.astuple(one.spread),
+                seen=one.seen,
+            )
+            for one in costs.handoffs
+        ],
+        seen=costs.seen,
+    )
 
 
 def _sampling(sampling: pb.EngineSampling) -> SamplingParams:

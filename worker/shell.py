@@ -20,7 +20,7 @@ import msgspec
 from baton import rpc
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2_grpc
-from engine.api import Load, RequestEnd, StepOutput
+from engine.api import Costs, KvEvents, Load, RequestEnd, StepOutput
 from worker.engine_process import EngineProcess
 from worker.messages import Fatal, FromEngine, PeerRefused, Ready, ToEngine, ToPeer
 from worker.sessions import WorkerService, worker_status
@@ -43,6 +43,7 @@ class WorkerShell:
         self._listener = listener
         self.ready: Ready | None = None
         self._load: Load | None = None
+        self._costs: Costs | None = None
         self._address = ""
         self._engine: EngineProcess | None = None
         self._server: grpc.aio.Server | None = None
@@ -117,8 +118,16 @@ class WorkerShell:
         assert self._engine is not None
         transport = self.ready.hello.transport if self.ready else ""
         silent_s = time.monotonic() - self._heard
-        pids = self.ready.pids if self.ready else [self._engine.pid]
-        return worker_status(self.spec, self._address, transport, os.getpid(), pids, silent_s, self._load)
+        return worker_status(
+            self.spec,
+            self._address,
+            transport,
+            os.getpid(),
+            self.ready.pids if self.ready else [self._engine.pid],
+            silent_s,
+            self._load,
+            self._costs,
+        )
 
     def _from_engine(self, message: FromEngine) -> None:
         self._heard = time.monotonic()
@@ -130,8 +139,12 @@ class WorkerShell:
             self.service.request_end(message)
         elif isinstance(message, Load):
             self._load = message
-            self.service.load()
+            self._costs = message.costs or self._costs
+            self.service.load(new_costs=message.costs is not None)
+        elif isinstance(message, KvEvents):
+            self.service.kv_events(message)
         elif isinstance(message, Ready):
+            self.service.ready(message.block_size)
             assert self._is_ready is not None
             self._is_ready.set_result(message)
         elif isinstance(message, PeerRefused):

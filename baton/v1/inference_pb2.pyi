@@ -245,8 +245,70 @@ class Ledger(_message.Message):
     slots_total: int
     def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_held: _Optional[int] = ..., blocks_landing: _Optional[int] = ..., blocks_total: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_leased: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., slots_total: _Optional[int] = ...) -> None: ...
 
+class WorkerQueue(_message.Message):
+    __slots__ = ("kv_tokens", "prompt_tokens", "attention", "room", "max_running", "step_tokens", "capacity_tokens", "available_tokens", "token_bytes", "busy", "age_s")
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    ROOM_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    kv_tokens: int
+    prompt_tokens: int
+    attention: float
+    room: int
+    max_running: int
+    step_tokens: int
+    capacity_tokens: int
+    available_tokens: int
+    token_bytes: int
+    busy: float
+    age_s: float
+    def __init__(self, kv_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., attention: _Optional[float] = ..., room: _Optional[int] = ..., max_running: _Optional[int] = ..., step_tokens: _Optional[int] = ..., capacity_tokens: _Optional[int] = ..., available_tokens: _Optional[int] = ..., token_bytes: _Optional[int] = ..., busy: _Optional[float] = ..., age_s: _Optional[float] = ...) -> None: ...
+
+class WorkerCosts(_message.Message):
+    __slots__ = ("base_s", "sequence_s", "kv_token_s", "token_s", "attention_s", "decode_spread", "prefill_spread", "handoffs", "seen")
+    BASE_S_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_S_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SPREAD_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_SPREAD_FIELD_NUMBER: _ClassVar[int]
+    HANDOFFS_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    base_s: float
+    sequence_s: float
+    kv_token_s: float
+    token_s: float
+    attention_s: float
+    decode_spread: _containers.RepeatedScalarFieldContainer[float]
+    prefill_spread: _containers.RepeatedScalarFieldContainer[float]
+    handoffs: _containers.RepeatedCompositeFieldContainer[HandoffCosts]
+    seen: int
+    def __init__(self, base_s: _Optional[float] = ..., sequence_s: _Optional[float] = ..., kv_token_s: _Optional[float] = ..., token_s: _Optional[float] = ..., attention_s: _Optional[float] = ..., decode_spread: _Optional[_Iterable[float]] = ..., prefill_spread: _Optional[_Iterable[float]] = ..., handoffs: _Optional[_Iterable[_Union[HandoffCosts, _Mapping]]] = ..., seen: _Optional[int] = ...) -> None: ...
+
+class HandoffCosts(_message.Message):
+    __slots__ = ("peer", "latency_s", "byte_s", "spread", "seen")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    BYTE_S_FIELD_NUMBER: _ClassVar[int]
+    SPREAD_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    latency_s: float
+    byte_s: float
+    spread: _containers.RepeatedScalarFieldContainer[float]
+    seen: int
+    def __init__(self, peer: _Optional[str] = ..., latency_s: _Optional[float] = ..., byte_s: _Optional[float] = ..., spread: _Optional[_Iterable[float]] = ..., seen: _Optional[int] = ...) -> None: ...
+
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "incarnation", "address", "alive", "step", "waiting", "running", "waiting_tokens", "handoffs", "ledger", "transport", "peers", "counters", "pid", "engine_pid", "engine_pids", "engine_silent_s")
+    __slots__ = ("worker_id", "role", "incarnation", "address", "alive", "step", "waiting", "running", "waiting_tokens", "handoffs", "ledger", "transport", "peers", "counters", "pid", "engine_pid", "engine_pids", "engine_silent_s", "queue", "costs")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -272,6 +334,8 @@ class WorkerStatus(_message.Message):
     ENGINE_PID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_PIDS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_SILENT_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     incarnation: str
@@ -290,4 +354,6 @@ class WorkerStatus(_message.Message):
     engine_pid: int
     engine_pids: _containers.RepeatedScalarFieldContainer[int]
     engine_silent_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., alive: _Optional[bool] = ..., step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., handoffs: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., transport: _Optional[str] = ..., peers: _Optional[_Iterable[str]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ..., engine_pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., engine_silent_s: _Optional[float] = ...) -> None: ...
+    queue: WorkerQueue
+    costs: WorkerCosts
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., alive: _Optional[bool] = ..., step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., handoffs: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., transport: _Optional[str] = ..., peers: _Optional[_Iterable[str]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ..., engine_pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., engine_silent_s: _Optional[float] = ..., queue: _Optional[_Union[WorkerQueue, _Mapping]] = ..., costs: _Optional[_Union[WorkerCosts, _Mapping]] = ...) -> None: ...

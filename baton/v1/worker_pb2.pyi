@@ -40,15 +40,17 @@ class MembersAck(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class ToWorker(_message.Message):
-    __slots__ = ("submit", "cancel")
+    __slots__ = ("submit", "cancel", "kv_subscribe")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    KV_SUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     cancel: Cancel
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    kv_subscribe: KvSubscribe
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., kv_subscribe: _Optional[_Union[KvSubscribe, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "request_id", "attempt", "prompt", "sampling", "prefill_worker", "local_below_tokens", "salt", "priority", "n")
+    __slots__ = ("key", "request_id", "attempt", "prompt", "sampling", "prefill_worker", "local_below_tokens", "salt", "priority", "n", "local", "handoff_s")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +61,8 @@ class Submit(_message.Message):
     SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
     attempt: int
@@ -69,7 +73,9 @@ class Submit(_message.Message):
     salt: str
     priority: int
     n: int
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., local_below_tokens: _Optional[int] = ..., salt: _Optional[str] = ..., priority: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
+    local: bool
+    handoff_s: float
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., local_below_tokens: _Optional[int] = ..., salt: _Optional[str] = ..., priority: _Optional[int] = ..., n: _Optional[int] = ..., local: _Optional[bool] = ..., handoff_s: _Optional[float] = ...) -> None: ...
 
 class EngineSampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "seed", "max_tokens", "stop_token_ids", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_ids", "bias", "min_tokens", "choice", "logprobs", "prompt_logprobs")
@@ -116,18 +122,56 @@ class Cancel(_message.Message):
     def __init__(self, key: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class FromWorker(_message.Message):
-    __slots__ = ("step", "tokens", "ends", "status", "prompts")
+    __slots__ = ("step", "tokens", "ends", "status", "prompts", "kv_events", "kv_snapshot")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDS_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    KV_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     step: int
     tokens: _containers.RepeatedCompositeFieldContainer[TokenEntry]
     ends: _containers.RepeatedCompositeFieldContainer[RequestEnd]
     status: _inference_pb2.WorkerStatus
     prompts: _containers.RepeatedCompositeFieldContainer[PromptEntry]
-    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[TokenEntry, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[RequestEnd, _Mapping]]] = ..., status: _Optional[_Union[_inference_pb2.WorkerStatus, _Mapping]] = ..., prompts: _Optional[_Iterable[_Union[PromptEntry, _Mapping]]] = ...) -> None: ...
+    kv_events: _containers.RepeatedCompositeFieldContainer[KvEvents]
+    kv_snapshot: KvSnapshot
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[TokenEntry, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[RequestEnd, _Mapping]]] = ..., status: _Optional[_Union[_inference_pb2.WorkerStatus, _Mapping]] = ..., prompts: _Optional[_Iterable[_Union[PromptEntry, _Mapping]]] = ..., kv_events: _Optional[_Iterable[_Union[KvEvents, _Mapping]]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ...) -> None: ...
+
+class KvSubscribe(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class KvEvents(_message.Message):
+    __slots__ = ("incarnation", "seq", "added", "evicted", "cleared")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    CLEARED_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    seq: int
+    added: bytes
+    evicted: bytes
+    cleared: bool
+    def __init__(self, incarnation: _Optional[str] = ..., seq: _Optional[int] = ..., added: _Optional[bytes] = ..., evicted: _Optional[bytes] = ..., cleared: _Optional[bool] = ...) -> None: ...
+
+class KvSnapshot(_message.Message):
+    __slots__ = ("incarnation", "seq", "block_size", "piece", "pieces", "hashes")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    seq: int
+    block_size: int
+    piece: int
+    pieces: int
+    hashes: bytes
+    def __init__(self, incarnation: _Optional[str] = ..., seq: _Optional[int] = ..., block_size: _Optional[int] = ..., piece: _Optional[int] = ..., pieces: _Optional[int] = ..., hashes: _Optional[bytes] = ...) -> None: ...
 
 class PromptEntry(_message.Message):
     __slots__ = ("key", "attempt", "first_index", "logprobs")

@@ -111,7 +111,15 @@ class Desk:
     # ---- the router's side -----------------------------------------------------------------------------------------
 
     def submit(
-        self, prompt: list[int], max_tokens: int = 3, *, to: str = "", local_below: int = 0, session: int = 1
+        self,
+        prompt: list[int],
+        max_tokens: int = 3,
+        *,
+        to: str = "",
+        local_below: int = 0,
+        session: int = 1,
+        local: bool = False,
+        handoff_s: float = 0.0,
     ) -> Submit:
         submit = Submit(
             request=RequestKey(session, self._next),
@@ -120,6 +128,8 @@ class Desk:
             sampling=SamplingParams(max_tokens=max_tokens, seed=self._next),
             prefill_worker=to,
             local_below_tokens=local_below,
+            local=local,
+            handoff_s=handoff_s,
         )
         self._next += 1
         self.role.handle(submit, self.now)

@@ -1,4 +1,7 @@
-"""The ledger against a naive model, for any order of calls; and the rules that it must refuse to break."""
+"""The ledger against a naive model, for any order of calls; and the rules that it must refuse to break.
+
+Its journal likewise: whoever applies the batches, whenever they are taken, has what the prefix cache has.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,19 @@ from hypothesis.stateful import (
     rule,
 )
 
+from engine.journal import CacheJournal
 from engine.ledger import BlockLedger, LedgerError, SlotLedger, counts
+from engine.prefix import HINT_BYTES, extend, names
 
 TOTAL = 8
 NAMES = [bytes([number]) * 16 for number in range(6)]
+
+
+def unpacked(hints: bytes) -> set[bytes]:
+    """The hints of a batch; none may be there twice."""
+    found = [hints[at : at + HINT_BYTES] for at in range(0, len(hints), HINT_BYTES)]
+    assert len(set(found)) == len(found)
+    return set(found)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -34,6 +46,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.landing: set[int] = set()
         self.named: dict[bytes, int] = {}
         self.idle: list[int] = []  # cached, least recently used first
+        self.told: set[bytes] = set()  # hints, by the batches of the journal so far
+        self.batches = 0
 
     held = Bundle("held")
     landing_blocks = Bundle("landing_blocks")
@@ -126,6 +140,29 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.publish(block, name)
             self.named.setdefault(name, block)
         self.release(blocks)
+
+    @rule(limit=st.integers(1, 2 * TOTAL))
+    def take_batch(self, limit: int) -> None:
+        before = bool(self.ledger.journal)
+        events = self.ledger.journal.take(limit)
+        assert (events is not None) == before
+        if events is None:
+            return
+        self.batches += 1
+        assert events.seq == self.batches
+        added, evicted = unpacked(events.added), unpacked(events.evicted)
+        assert len(added) + len(evicted) <= limit and not added & evicted
+        if events.cleared:
+            assert not evicted
+            self.told.clear()
+        assert evicted <= self.told and not added & self.told
+        self.told = self.told - evicted | added
+
+    @rule()
+    def take_all_batches(self) -> None:
+        while self.ledger.journal:
+            self.take_batch(3)
+        assert self.told == {name[:HINT_BYTES] for name in self.named}
 
     @rule()
     @precondition(lambda self: self.idle)
@@ -266,3 +303,56 @@ def test_a_fork_is_one_more_holder() -> None:
     with pytest.raises(LedgerError):
         ledger.hold(taken[:1])  # cached: nobody holds it
     ledger.check(at_rest=True)
+
+
+def test_what_comes_and_goes_between_two_batches_is_not_told() -> None:
+    """So the journal is bounded by the pool, also when nobody takes its batches."""
+    journal = CacheJournal()
+    for _ in range(100):
+        for name in NAMES:
+            journal.add(name)
+        for name in NAMES:
+            journal.evict(name)
+    assert not journal and journal.take(10) is None
+    journal.add(NAMES[0])
+    assert journal.take(10) is not None
+    journal.evict(NAMES[0])
+    journal.add(NAMES[0])
+    assert not journal
+
+
+def test_a_journal_of_a_full_pool_is_told_in_order() -> None:
+    """Losses before gains, heads of prefixes before what is built on them, never more than asked for."""
+    journal = CacheJournal()
+    for name in NAMES[:3]:
+        journal.add(name)
+    first = journal.take(2)
+    assert first is not None
+    assert (first.seq, first.added, first.evicted) == (1, NAMES[0][:8] + NAMES[1][:8], b"")
+    journal.evict(NAMES[0])
+    second = journal.take(2)
+    assert second is not None
+    assert (second.seq, second.added, second.evicted) == (2, NAMES[2][:8], NAMES[0][:8])
+    journal.add(NAMES[3])
+    journal.clear()
+    journal.add(NAMES[4])
+    third = journal.take(2)
+    assert third is not None
+    assert (third.seq, third.cleared, third.added, third.evicted) == (3, True, NAMES[4][:8], b"")
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("length", [0, 3, 4, 31, 32, 33, 700])
+def test_names_one_by_one_are_names_at_once(block_size: int, length: int) -> None:
+    tokens = [7 * at % 1000 for at in range(length)]
+    at_once: list[bytes] = []
+    extend(at_once, tokens, block_size, "salt")
+    assert list(names(tokens, block_size, "salt")) == at_once
+    assert len(at_once) == length // block_size
+    piecewise: list[bytes] = []
+    for limit in (length // 3, length // 3 - 2, length // 2, length):
+        extend(piecewise, tokens, block_size, "salt", limit)
+    assert piecewise == at_once
+    other: list[bytes] = []
+    extend(other, tokens, block_size)
+    assert not set(other) & set(at_once)

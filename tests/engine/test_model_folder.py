@@ -279,9 +279,9 @@ def test_sizes_of_the_cache() -> None:
     cache = KVCache(config, 10, 16, torch.bfloat16)
     assert cache.size_bytes == 10 * block_bytes(config, 16, torch.bfloat16)
     assert [list(layer.shape) for layer in cache.layers] == [[2, 10, 16, 4, 16]] * 4
-    assert blocks_in(1.0, config, 16, torch.float32) == (1 << 30) // 32768
-    with pytest.raises(ValueError, match="hold no KV block"):
-        blocks_in(1e-6, config, 16, torch.float32)
+    assert blocks_in(1 << 30, config, 16, torch.float32) == (1 << 30) // 32768
+    with pytest.raises(ValueError, match="32767 bytes hold no KV block: one of 16 tokens takes 32768"):
+        blocks_in(32767, config, 16, torch.float32)
     with pytest.raises(ValueError, match="exactly one"):
         load_runner(TINY)
     with pytest.raises(ValueError, match="exactly one"):

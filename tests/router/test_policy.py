@@ -128,3 +128,57 @@ def test_reasons_have_a_few_codes(name: str, uncached: int, below: int, loads: l
     decision = POLICIES[name](_ask(uncached, below=below), view, 0.0)
     assert decision.code in {"short", "long", "no_prefill_worker", "prefill_busy", "always"}
     assert decision.kind == decision.reason.partition(":")[0]
+
+
+def _cached(tokens: int, decode: list[int], prefill: list[int]) -> Ask:
+    arrays = [np.array(numbers, dtype=np.int64) for numbers in (decode, prefill)]
+    return Ask(tokens + 1, tokens, 256, 4, decode_cached=arrays[0], prefill_cached=arrays[1])
+
+
+def test_what_is_cached_draws_a_request_and_is_not_prefilled() -> None:
+    view = _cluster({"d0": 1, "d1": 3, "d2": 0}, {"p0": 0, "p1": 2}).view
+    decision = threshold(_cached(1000, [0, 640, 0], [0, 320]), view, 0.0)
+    assert (decision.decode_worker, decision.prefill_worker) == ("d1", "p1")
+    assert "360 tokens" in decision.reason
+    decision = threshold(_cached(1000, [0, 800, 0], [0, 320]), view, 0.0)
+    assert (decision.decode_worker, decision.prefill_worker) == ("d1", None)
+    assert "200 tokens" in decision.reason
+    assert threshold(_cached(1000, [0, 1008, 0], [0, 0]), view, 0.0).reason.startswith("local: 0 tokens")
+    for name in ("always-local", "always-remote"):
+        assert POLICIES[name](_cached(1000, [0, 640, 0], [0, 0]), view, 0.0).decode_worker == "d1"
+
+
+def test_what_is_cached_does_not_outweigh_a_crowd_or_a_lost_worker() -> None:
+    cluster = _cluster({"d0": 1, "d1": 5, "d2": 6}, {"p0": 3, "p1": 4})
+    asked = _cached(1000, [0, 320, 640], [0, 960])
+    decision = threshold(asked, cluster.view, 0.0)
+    assert decision.decode_worker == "d1"
+    assert decision.prefill_worker == "p0"  # the other one's queue is full
+    cluster.decode.set_usable("d1", False)
+    assert threshold(asked, cluster.view, 0.0).decode_worker == "d0"
+    cluster.decode.set_usable("d0", False)
+    assert threshold(asked, cluster.view, 0.0).decode_worker == "d2"
+
+
+@given(st.data())
+def test_cached_or_not_no_policy_picks_a_lost_worker(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 5))
+    loads = data.draw(st.lists(st.integers(0, 9), min_size=2 * count, max_size=2 * count))
+    usable = data.draw(st.lists(st.booleans(), min_size=2 * count, max_size=2 * count))
+    cached = data.draw(st.lists(st.integers(0, 1000), min_size=2 * count, max_size=2 * count))
+    decode = {f"d{i}": loads[i] for i in range(count)}
+    prefill = {f"p{i}": loads[count + i] for i in range(count)}
+    cluster = _cluster(decode, prefill)
+    for at in range(count):
+        cluster.decode.set_usable(f"d{at}", usable[at])
+        cluster.prefill.set_usable(f"p{at}", usable[count + at])
+    asked = _cached(1000, cached[:count], cached[count:])
+    for policy in POLICIES.values():
+        if not any(usable[:count]):
+            with pytest.raises(NoWorker):
+                policy(asked, cluster.view, 0.0)
+            continue
+        decision = policy(asked, cluster.view, 0.0)
+        assert usable[int(decision.decode_worker[1:])]
+        if decision.prefill_worker is not None:
+            assert usable[count + int(decision.prefill_worker[1:])]

@@ -65,13 +65,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_model(folder: Path, family: str, seed: int = 3) -> Path:
-    """Writes the model. Large layers, and norms and biases far from one and zero, or a fault in them would not show."""
+def make_model(folder: Path, family: str, seed: int = 3, **more: Any) -> Path:
+    """Writes the model, with `more` of its configuration changed.
+
+    Large layers, and norms and biases far from one and zero, or a fault in them would not show.
+    """
     import transformers
 
     name, changes = FAMILIES[family]
     torch.manual_seed(seed)
-    config = getattr(transformers, name + "Config")(**{**BASE, **changes})
+    config = getattr(transformers, name + "Config")(**{**BASE, **changes, **more})
     model = getattr(transformers, name + "ForCausalLM")(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

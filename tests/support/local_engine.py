@@ -17,7 +17,7 @@ from engine.api import (
     Trace,
 )
 from engine.ledger import BlockLedger, SlotLedger
-from engine.runner import load_runner
+from engine.runner import Runner, load_runner
 from engine.scheduler import Limits
 from kvtransfer.messages import Hello, KvSpec
 
@@ -33,8 +33,10 @@ class LocalEngine:
         block_size: int = 16,
         budget: int = 512,
         max_running: int = 64,
+        runner: Runner | None = None,
     ) -> None:
-        self.runner = load_runner(folder, "float32", num_blocks=blocks, block_size=block_size)
+        """`runner`: one that has the folder's model and as many blocks already."""
+        self.runner = runner or load_runner(folder, "float32", num_blocks=blocks, block_size=block_size)
         self.ledger = BlockLedger(blocks, block_size)
         kv = KvSpec(
             model="",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
 from engine.api import Logprobs, PromptEntry, RequestEnd, RequestKey, TokenEntry, Trace
 from worker.sessions import SessionOutbox
@@ -55,3 +56,13 @@ async def test_prompt_logprobs_keep_their_places() -> None:
     ]
     outbox.add_tokens(1, TokenEntry(ONE, 0, [1]))
     assert not (await outbox.next()).prompts
+
+
+async def test_costs_wait_for_the_next_message_whatever_comes_meanwhile() -> None:
+    outbox = SessionOutbox(1)
+    outbox.set_status(api.WorkerStatus(step=1, costs=api.WorkerCosts(seen=7)))
+    outbox.set_status(api.WorkerStatus(step=2))
+    status = (await outbox.next()).status
+    assert (status.step, status.costs.seen) == (2, 7)
+    outbox.set_status(api.WorkerStatus(step=3))
+    assert not (await outbox.next()).status.HasField("costs")

@@ -108,13 +108,12 @@ class PlainLauncher:
         ]
         try:
             await asyncio.wait(starting, return_when=asyncio.FIRST_EXCEPTION)
-            # Rank 0's words first: it knows what the others said before they ended.
-            failed = next((each for each in starting if each.done() and each.exception()), None)
-            if failed is not None:
+            if any(each.done() and each.exception() for each in starting):
+                # Rank 0's words first: it knows what the others said before they ended.
                 await asyncio.wait(starting[:1], timeout=LAST_WORDS_S)
-                raise (
-                    next(each.exception() for each in starting if each.done() and each.exception()) or failed
-                )
+                for each in starting:
+                    if each.done():
+                        each.result()
             ranks = [each.result() for each in starting]
             return _PlainHandle(
                 [child for child, _ in ranks], decode_started(ranks[0][1], spec), self._children.discard

@@ -21,8 +21,8 @@ class PrefillShell(WorkerShell):
     rank_module = "prefill.rank"
     _handoffs: HandoffService
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: WorkerSpec, listener: socket.socket | None = None) -> None:
+        super().__init__(spec, listener)
         self._request_ids: dict[tuple[str, int, int], str] = {}  # by peer, epoch and hand-off, for the log
 
     def add_services(self, server: grpc.aio.Server) -> None:

@@ -172,7 +172,7 @@ def test_the_processes_are_told_what_the_file_says(model: Path) -> None:
     assert [seat.place.gpu for seat in seats] == [0, 1, 2, 2], "half a GPU each: two share one"
     decode = seats[-1].occupied("life-1")
     assert (decode.incarnation, decode.token, decode.device) == ("life-1", "secret", "cuda")
-    assert (decode.kv_cache_bytes, decode.slots, decode.max_model_len) == (1 << 29, 4, 512)
+    assert (decode.kv_cache_bytes, decode.slots) == (1 << 29, 4)
     router = specs.router_spec(config, facts, "secret")
     assert (router.served_name, router.max_model_len, router.local_below_tokens) == ("model", 512, 7)
 

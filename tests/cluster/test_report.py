@@ -30,17 +30,17 @@ def test_what_the_rank_logs_is_what_the_supervisor_reads() -> None:
     """The two ends of one line; the other one is in worker/rank.py."""
     import logging
 
-    from worker import rank
+    from worker import rank_parts
 
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    rank.log.addHandler(handler)
-    rank.log.setLevel(logging.INFO)
+    rank_parts.log.addHandler(handler)
+    rank_parts.log.setLevel(logging.INFO)
     try:
-        progress = rank._logged(iter(range(100)).__next__)
+        progress = rank_parts._logged(iter(range(100)).__next__)
         for done in (1, 5, 10):
             progress(done << 30, 10 << 30)
     finally:
-        rank.log.removeHandler(handler)
+        rank_parts.log.removeHandler(handler)
     assert _WEIGHTS.findall("\n".join(records))[-1] == "100"

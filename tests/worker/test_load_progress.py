@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from worker.rank import _logged
+from worker.rank_parts import _logged
 
 
 @pytest.mark.parametrize(("total", "lines"), [((1 << 30) - 1, 0), (1 << 30, 10), (7 << 30, 10)])

@@ -66,13 +66,6 @@ class PoolSection(_Section):
     num_gpus: Annotated[float, Field(ge=0)] = 0.0  # for each rank
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}  # of a joined Ray: on nodes which have them
 
-    @field_validator("tensor_parallel")
-    @classmethod
-    def _one_rank(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError("tensor parallelism is not built yet; use 1 and raise `replicas` instead")
-        return value
-
     @field_validator("block_size")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
@@ -131,6 +124,10 @@ class TransferSection(_Section):
     transport: TransportKind = "auto"
     slots: Annotated[int, Field(ge=2)] = 8  # landing slots of a decode worker; a pair needs two to overlap
     chunk_tokens: Positive = 256  # wanted; made to fit slots of at most 16 MiB
+    # As KV crosses: exactly, or narrowed by the sender, which loses accuracy (docs/cluster.md).
+    wire_dtype: Literal["stored", "int8", "fp8_e4m3"] = "stored"
+    # Whether a sender puts pieces together before it sends them: where they would be below 64 KiB, or as told.
+    gather: Literal["auto", "always", "never"] = "auto"
     handoff_timeout_s: Seconds = 30.0
 
 
@@ -177,15 +174,22 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.prefill.replicas and self.prefill.block_size != self.decode.block_size:
-            raise ValueError(
-                f"prefill.block_size = {self.prefill.block_size}, decode.block_size = {self.decode.block_size}: "
-                "must be equal, since each side cuts its chunks along its own blocks; set both to one value"
-            )
         if self.prefill.replicas and self.kvtransfer.chunk_tokens < self.decode.block_size:
             raise ValueError(
                 f"kvtransfer.chunk_tokens = {self.kvtransfer.chunk_tokens}: is less than a block of "
                 f"{self.decode.block_size} tokens (decode.block_size); make it a multiple of that"
+            )
+        for key, without in (("wire_dtype", "stored"), ("gather", "auto")):
+            value = getattr(self.kvtransfer, key)
+            if value != without and not self.prefill.replicas:
+                raise ValueError(
+                    f"kvtransfer.{key} = {value!r}: no KV crosses, since prefill.replicas is 0; remove it or start "
+                    "prefill workers"
+                )
+        if self.kvtransfer.wire_dtype != "stored" and self.kvtransfer.gather == "never":
+            raise ValueError(
+                f"kvtransfer.gather = 'never', kvtransfer.wire_dtype = {self.kvtransfer.wire_dtype!r}: KV is narrowed "
+                "where it is gathered; set kvtransfer.gather to auto or kvtransfer.wire_dtype to stored"
             )
         if self.cluster.launcher == "plain" and self.cluster.address != "local":
             raise ValueError(

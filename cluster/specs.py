@@ -71,6 +71,12 @@ def model_config(config: Config) -> ModelConfig:
         model = ModelConfig.from_folder(config.model.path)
     except (UnsupportedModel, OSError, ValueError) as error:
         raise ConfigError(f"model.path = {config.model.path!r}: {error}") from None
+    for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
+        if pool.replicas and pool.tensor_parallel > model.q_heads:
+            raise ConfigError(
+                f"{name}.tensor_parallel = {pool.tensor_parallel}: the model has {model.q_heads} query heads, and each "
+                f"rank needs one at least; use {model.q_heads} or less and raise {name}.replicas instead"
+            )
     if config.model.max_model_len > model.max_positions:
         raise ConfigError(
             f"model.max_model_len = {config.model.max_model_len}: the model was made for {model.max_positions} "
@@ -152,6 +158,8 @@ def _worker_spec(
         transport=config.kvtransfer.transport,
         slots=config.kvtransfer.slots if config.prefill.replicas else 0,
         chunk_tokens=config.kvtransfer.chunk_tokens,
+        wire_dtype="" if config.kvtransfer.wire_dtype == "stored" else config.kvtransfer.wire_dtype,
+        gather=config.kvtransfer.gather,
         handoff_timeout_s=config.kvtransfer.handoff_timeout_s,
         calibrate_s=config.cluster.calibrate_s,
         profile_dir=config.cluster.profile_dir,

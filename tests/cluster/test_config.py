@@ -70,8 +70,21 @@ def test_the_tree_is_frozen() -> None:
         ({"decode": {"num_cpus": float("inf")}}, ["decode.num_cpus = inf", "finite"]),
         ({"decode": 3}, ["decode = 3", "section"]),
         ({"decode": {"block_size": 24}}, ["decode.block_size = 24", "power of two"]),
-        ({"decode": {"tensor_parallel": 2}}, ["decode.tensor_parallel = 2", "use 1"]),
-        ({"prefill": {"block_size": 32}}, ["prefill.block_size = 32", "decode.block_size = 16", "equal"]),
+        ({"decode": {"tensor_parallel": 0}}, ["decode.tensor_parallel = 0", "at least 1"]),
+        ({"kvtransfer": {"wire_dtype": "int3"}}, ["kvtransfer.wire_dtype = 'int3'", "'int8'"]),
+        ({"kvtransfer": {"gather": "sometimes"}}, ["kvtransfer.gather = 'sometimes'", "'always'"]),
+        (
+            {"kvtransfer": {"wire_dtype": "int8"}, "prefill": {"replicas": 0}},
+            ["kvtransfer.wire_dtype = 'int8'", "prefill.replicas is 0"],
+        ),
+        (
+            {"kvtransfer": {"gather": "never"}, "prefill": {"replicas": 0}},
+            ["kvtransfer.gather = 'never'", "prefill.replicas is 0"],
+        ),
+        (
+            {"kvtransfer": {"wire_dtype": "int8", "gather": "never"}},
+            ["kvtransfer.gather = 'never'", "kvtransfer.wire_dtype = 'int8'", "auto"],
+        ),
         ({"model": {"dtype": "float23"}}, ["model.dtype = 'float23'", "'float32'", "did you mean 'float32'"]),
         (
             {"cluster": {"address": "ray://h:10001"}},
@@ -113,8 +126,11 @@ def test_every_mistake_gets_a_line() -> None:
     assert len(refused({"decode": {"replicas": 0, "nope": 1}, "modle": {}}).splitlines()) == 3
 
 
-def test_colocated_needs_no_equal_block_size() -> None:
-    assert from_tree({"prefill": {"replicas": 0, "block_size": 32}}, "x").prefill.replicas == 0
+def test_the_two_sides_may_differ_in_blocks_and_ranks() -> None:
+    prefill = {"block_size": 32, "tensor_parallel": 2}
+    decode = {"block_size": 16, "tensor_parallel": 4}
+    config = from_tree({"prefill": prefill, "decode": decode}, "x")
+    assert (config.prefill.block_size, config.decode.tensor_parallel) == (32, 4)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +176,31 @@ def test_a_context_beyond_the_model_is_refused(model: Path) -> None:
     config = load(None, [f"model.path={model}", "model.max_model_len=513"])
     with pytest.raises(ConfigError, match="model.max_model_len = 513: .* 512 tokens"):
         specs.model_config(config)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_more_ranks_than_query_heads_are_refused(model: Path, role: str) -> None:
+    config = load(None, [f"model.path={model}", f"{role}.tensor_parallel=5"])
+    with pytest.raises(
+        ConfigError, match=rf"{role}.tensor_parallel = 5: the model has 4 query heads.* use 4 or less"
+    ):
+        specs.model_config(config)
+    specs.model_config(load(None, [f"model.path={model}", f"{role}.tensor_parallel=4"]))
+
+
+def test_a_pool_without_workers_may_have_any_ranks(model: Path) -> None:
+    specs.model_config(
+        load(None, [f"model.path={model}", "prefill.replicas=0", "prefill.tensor_parallel=99"])
+    )
+
+
+@pytest.mark.parametrize(("said", "told"), [("stored", ""), ("int8", "int8"), ("fp8_e4m3", "fp8_e4m3")])
+def test_the_workers_are_told_how_kv_crosses(model: Path, said: str, told: str) -> None:
+    ways = ["prefill.tensor_parallel=2", f"kvtransfer.wire_dtype={said}", "kvtransfer.gather=always"]
+    config = load(None, [f"model.path={model}", *ways])
+    for seat in specs.seats(config, specs.model_config(config), "secret"):
+        assert (seat.spec.wire_dtype, seat.spec.gather) == (told, "always")
+        assert seat.spec.tensor_parallel == (2 if seat.spec.role == "prefill" else 1)
 
 
 def test_the_processes_are_told_what_the_file_says(model: Path) -> None:

@@ -125,9 +125,9 @@ def test_dtypes_may_differ() -> None:
 
 def test_another_release_with_what_is_needed_is_served() -> None:
     newer = hello(kv(), release="9.9", capabilities=[*CAPABILITIES, "wire:int3", "digest:crc"])
-    assert agree(MINE, newer, "prefill")
+    assert agree(MINE, newer, "prefill").chunk_tokens == 32
     older = hello(kv(), release="0.1", capabilities=["digest:xxh3-128", "layout:head-major", "wire:stored"])
-    assert agree(MINE, older, "prefill")
+    assert agree(MINE, older, "prefill").chunk_tokens == 32
 
 
 @pytest.mark.parametrize(
@@ -178,12 +178,14 @@ def test_a_hello_that_cannot_be(theirs: Hello, words: str) -> None:
 
 
 def test_a_prefill_worker_needs_no_slots() -> None:
-    assert agree(hello(kv()), hello(kv(), "prefill-0", slot_count=0, slot_bytes=[]), "decode")
+    assert (
+        agree(hello(kv()), hello(kv(), "prefill-0", slot_count=0, slot_bytes=[]), "decode").chunk_tokens == 32
+    )
 
 
 def test_groups_must_agree_in_whatever_order_they_come() -> None:
     mine = hello(kv(groups=MIXED), "prefill-0")
-    assert agree(mine, hello(kv(groups=MIXED[::-1])), "prefill")
+    assert agree(mine, hello(kv(groups=MIXED[::-1])), "prefill").chunk_tokens == 32
     for other in (
         (KvGroup("full", (0, 1, 2, 5)), KvGroup("window", (3, 4), 128)),
         (KvGroup("full", (0, 1, 2)), KvGroup("window", (3, 4, 5), 64)),
@@ -195,4 +197,5 @@ def test_groups_must_agree_in_whatever_order_they_come() -> None:
 
 
 def test_a_release_that_names_no_groups_means_full_layers() -> None:
-    assert agree(hello(kv(groups=(KvGroup("full", (0, 1, 2, 3, 4, 5)),))), hello(kv()), "prefill")
+    grouped = hello(kv(groups=(KvGroup("full", (0, 1, 2, 3, 4, 5)),)))
+    assert agree(grouped, hello(kv()), "prefill").chunk_tokens == 32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -139,7 +139,7 @@ class Desk:
 
     # ---- decode workers ----------------------------------------------------------------------------------------------
 
-    def peer_up(self, peer: str = "d1", epoch: int = 1, **kv: int) -> None:
+    def peer_up(self, peer: str = "d1", epoch: int = 1, **kv: Any) -> None:
         self.role.handle(PeerUp(hello(peer, peer, epoch, **kv)), self.now)
         self.role.report(Connected(peer), self.now)
 

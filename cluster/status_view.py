@@ -37,13 +37,24 @@ def show(answer: inference_pb2.StatusResponse, *, ledger: bool, console: Console
 
 def _workers(workers: list[inference_pb2.WorkerStatus]) -> Table:
     table = _table(
-        "worker", "alive", "waiting", "running", "hand-offs", "KV used", "step", "transport", "address", "pid"
+        "worker",
+        "tp",
+        "alive",
+        "waiting",
+        "running",
+        "hand-offs",
+        "KV used",
+        "step",
+        "transport",
+        "address",
+        "pid",
     )
     for worker in workers:
         counts = worker.ledger
         used = counts.blocks_total - counts.blocks_free - counts.blocks_cached
         table.add_row(
             worker.worker_id,
+            str(max(1, len(worker.engine_pids))),
             "[green]yes[/]" if worker.alive else "[red]no[/]",
             f"{worker.waiting} ({worker.waiting_tokens} tok)" if worker.waiting else "0",
             str(worker.running),

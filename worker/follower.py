@@ -20,6 +20,7 @@ import msgspec
 from kvtransfer.messages import MoverReport
 from worker.messages import Fatal, Shutdown
 from worker.rank_link import Expecting, LinkLost, RankLink, RankReady, dial_leader
+from worker.rank_parts import open_collective, open_parts
 from worker.spec import WorkerSpec
 from worker.step_codec import StepDecoder, StepDelta
 
@@ -83,8 +84,6 @@ def _die_with_leader(link: RankLink) -> None:
 
 
 def _serve(spec: WorkerSpec, link: RankLink, collective_fd: int, store: str) -> None:
-    from worker.rank_parts import open_collective, open_parts  # they import torch: first be found by rank 0
-
     def report(message: MoverReport) -> None:
         link.send(message)
 

@@ -27,6 +27,7 @@ async def answer_with(
     kv = KvSpec(
         model=fingerprint(reference.folder),
         layers=3,
+        q_heads=6,
         kv_heads=2,
         head_dim=24,
         dtype="float32",

@@ -41,13 +41,14 @@ class LocalEngine:
         kv = KvSpec(
             model="",
             layers=1,
+            q_heads=1,
             kv_heads=1,
             head_dim=1,
             dtype="float32",
             block_size=block_size,
             chunk_tokens=64,
         )
-        hello = Hello(worker_id="decode", incarnation="i", kv=kv, transport="", endpoint=b"")
+        hello = Hello(worker_id="decode", incarnation="i", kv=kv, transport="", endpoints=[b""])
         self.role = DecodeRole(hello, self.ledger, SlotLedger(0), Limits(budget, max_running))
         self.copies = 0  # blocks copied for forks
         self._next = 1

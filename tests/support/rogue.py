@@ -17,6 +17,7 @@ import numpy as np
 from baton import rpc
 from baton.v1 import worker_pb2 as pb
 from baton.v1 import worker_pb2_grpc
+from kvtransfer.handshake import CAPABILITIES
 from kvtransfer.links import HandoffService, LinkEvents
 from kvtransfer.messages import Abort, Begin, ChunkDone, ControlMessage, Credit, Hello, KvSpec, Lease, Linked
 from kvtransfer.transports import Endpoint, open_transport
@@ -46,8 +47,8 @@ class Rogue:
             incarnation=self.incarnation,
             kv=self.kv,
             transport=self.endpoint.name,
-            endpoint=self.endpoint.describe(),
-            slot_bytes=self.slot_bytes,
+            endpoints=[self.endpoint.describe()],
+            capabilities=list(CAPABILITIES),
         )
         events = LinkEvents(up=self._up, message=self._message, lost=lambda peer, epoch: None)
         self.service = HandoffService(hello, events)
@@ -66,7 +67,7 @@ class Rogue:
             pass
 
     def done(self, begin: Begin, lease: Lease, size: int, digest: bytes, **changes: int) -> None:
-        done = ChunkDone(begin.handoff_id, lease.lease_id, lease.epoch, lease.chunk, size, digest)
+        done = ChunkDone(begin.handoff_id, lease.lease_id, lease.epoch, lease.chunk, size, [digest])
         self.say(msgspec.structs.replace(done, **changes))
 
     def chunk_bytes(self, begin: Begin, lease: Lease) -> int:
@@ -75,7 +76,7 @@ class Rogue:
 
     def _up(self, hello: Hello) -> None:
         self.peer = hello
-        self.endpoint.connect(hello.incarnation, hello.endpoint)
+        self.endpoint.connect(hello.incarnation, hello.endpoints[0])
         self.say(Linked())
 
     def _message(self, peer: str, epoch: int, message: ControlMessage) -> None:

@@ -1,4 +1,5 @@
-"""Real workers as plain processes, and a client that speaks to a decode worker as a router does."""
+"""Real workers as plain processes, of one rank or several, and a client that speaks to a decode worker as a router
+does."""
 
 from __future__ import annotations
 
@@ -29,25 +30,35 @@ WAIT_TIMEOUT_S = 30.0
 
 @dataclass
 class Worker:
-    """One worker process tree."""
+    """One worker process tree: rank 0 with its shell, and a process for each further rank."""
 
     spec: WorkerSpec
     started: Started
     process: asyncio.subprocess.Process
+    followers: list[asyncio.subprocess.Process] = field(default_factory=list)  # ranks 1 and on
+
+    def rank_pid(self, rank: int) -> int:
+        """The process in which this rank computes."""
+        return self.followers[rank - 1].pid if rank else self.started.engine_pid
 
     def kill(self, *, engine_only: bool = False) -> None:
         """kill -9 of the shell (its engine follows by itself), or of the engine alone."""
         os.kill(self.started.engine_pid if engine_only else self.started.pid, signal.SIGKILL)
 
+    async def ended(self) -> None:
+        """Waits until all of its processes have ended by themselves."""
+        for process in (self.process, *self.followers):
+            await asyncio.wait_for(process.wait(), WAIT_TIMEOUT_S)
+
     async def stop(self) -> None:
-        """Closes its standard input, as a parent that ends does, and waits."""
+        """Closes its standard input, as a parent that ends does, and waits. The other ranks hear it from rank 0."""
         if self.process.stdin is not None:
             self.process.stdin.close()
-        await asyncio.wait_for(self.process.wait(), WAIT_TIMEOUT_S)
+        await self.ended()
 
 
 async def start_worker(role: Role, model: Path, **changes: Any) -> Worker:
-    """Starts `python -m prefill|decode` and waits until it says that it is ready."""
+    """Starts `python -m prefill|decode`, and the further ranks of `tensor_parallel`; waits until it is ready."""
     spec = WorkerSpec(
         role=role,
         worker_id=changes.pop("worker_id", f"{role}-0"),
@@ -57,15 +68,27 @@ async def start_worker(role: Role, model: Path, **changes: Any) -> Worker:
         kv_cache_bytes=changes.pop("kv_cache_bytes", 32 << 20),
         **changes,
     )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", role, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    process, *followers = await asyncio.gather(
+        *(_start_rank(msgspec.structs.replace(spec, rank=rank)) for rank in range(spec.tensor_parallel))
     )
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(msgspec.json.encode(spec) + b"\n")
-    await process.stdin.drain()
+    assert process.stdout is not None
     line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
     assert line, f"{role} ended before it was ready"
-    return Worker(spec, msgspec.json.decode(line, type=Started), process)
+    return Worker(spec, msgspec.json.decode(line, type=Started), process, list(followers))
+
+
+async def _start_rank(spec: WorkerSpec) -> asyncio.subprocess.Process:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "worker.follower" if spec.rank else spec.role,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    process.stdin.write(msgspec.json.encode(spec) + b"\n")
+    await process.stdin.drain()
+    return process
 
 
 async def set_members(address: str, version: int, workers: list[Worker]) -> None:
@@ -244,11 +267,17 @@ class Pair:
 
 @asynccontextmanager
 async def open_pair(
-    model: Path, *, prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None
+    model: Path,
+    *,
+    prefill_tp: int = 1,
+    decode_tp: int = 1,
+    prefill: dict[str, Any] | None = None,
+    decode: dict[str, Any] | None = None,
 ) -> AsyncIterator[Pair]:
     """Starts both, introduces them, waits until they can hand off; stops both in the end."""
     prefill_worker, decode_worker = await asyncio.gather(
-        start_worker("prefill", model, **(prefill or {})), start_worker("decode", model, **(decode or {}))
+        start_worker("prefill", model, tensor_parallel=prefill_tp, **(prefill or {})),
+        start_worker("decode", model, tensor_parallel=decode_tp, **(decode or {})),
     )
     try:
         async with DecodeClient(decode_worker) as client:

@@ -144,7 +144,7 @@ class WorkerShell:
         elif isinstance(message, KvEvents):
             self.service.kv_events(message)
         elif isinstance(message, Ready):
-            self.service.ready(message.block_size)
+            self.service.ready(self.spec.block_size)
             assert self._is_ready is not None
             self._is_ready.set_result(message)
         elif isinstance(message, PeerRefused):

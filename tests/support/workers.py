@@ -24,7 +24,7 @@ from baton.v1 import worker_pb2_grpc
 from worker.spec import Role, Started, WorkerSpec
 
 TOKEN = "a cluster token for tests"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 WAIT_TIMEOUT_S = 30.0
 
 
@@ -108,6 +108,13 @@ async def set_members(address: str, version: int, workers: list[Worker]) -> None
         )
 
 
+async def introduced(decode: Worker, client: DecodeClient, prefills: list[Worker], version: int = 1) -> None:
+    """Makes these the decode worker's only prefill workers, and waits until they can hand off to it."""
+    await set_members(decode.started.address, version, [*prefills, decode])
+    wanted = {worker.spec.incarnation for worker in prefills}
+    await client.until(lambda status: set(status.peers) >= wanted)
+
+
 @dataclass
 class Answer:
     """What came of one request."""
@@ -148,6 +155,9 @@ class DecodeClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         self._call.cancel()
@@ -261,8 +271,7 @@ class Pair:
         """What the supervisor does after a death: the new incarnation takes the old one's place."""
         self.prefill = worker
         self.version += 1
-        await set_members(self.decode.started.address, self.version, [worker, self.decode])
-        await self.client.until(lambda s: worker.spec.incarnation in s.peers)
+        await introduced(self.decode, self.client, [worker], self.version)
 
 
 @asynccontextmanager
@@ -282,8 +291,7 @@ async def open_pair(
     try:
         async with DecodeClient(decode_worker) as client:
             pair = Pair(prefill_worker, decode_worker, client)
-            await set_members(decode_worker.started.address, 1, [prefill_worker, decode_worker])
-            await client.until(lambda s: prefill_worker.spec.incarnation in s.peers)
+            await introduced(decode_worker, client, [prefill_worker])
             yield pair
     finally:
         await asyncio.gather(pair.prefill.stop(), pair.decode.stop())

@@ -160,7 +160,9 @@ def _open_mover(
     )
     if not slots and not staging:
         return None, hello
-    transport = open_transport(spec.transport, staging * slot_bytes, slots * slot_bytes, spec.incarnation)
+    transport = open_transport(
+        spec.transport, staging * slot_bytes, slots * slot_bytes, spec.incarnation, spec.advertise_host
+    )
 
     def fatal(error: BaseException) -> None:
         outbox.send(Fatal(f"transport: {error}"))

@@ -411,3 +411,42 @@ def test_a_new_life_of_a_worker_has_nothing_and_is_expected_to_have_nothing() ->
     index.events("d0", "life", 2, hints_of(tokens), [], False)
     assert index.match(prompt, 0.0)[0].tolist() == [0, 0]
     assert index.entries == 0
+
+
+def test_a_snapshot_whose_piece_is_lost_is_of_no_use_and_one_that_comes_twice_is() -> None:
+    index = PrefixIndex(1000)
+    index.set_workers([("d0", "life")], [])
+    hints = hints_of(list(range(36)))
+
+    def say(seq: int, *pieces: int) -> None:
+        for piece in pieces:
+            index.snapshot("d0", "life", seq, 4, piece, 3, hints[3 * piece : 3 * piece + 3])
+
+    say(7, 0, 1, 0, 1, 1, 2)
+    assert index.synced("d0") and (index.entries, index.gaps, index.resyncs) == (9, 0, 1)
+    index.events("d0", "life", 9, [], [], False)
+    say(9, 0, 2, 1, 2)
+    assert not index.synced("d0") and (index.entries, index.resyncs) == (3, 1)
+    say(10, 0, 1)
+    say(11, 2)
+    assert not index.synced("d0") and index.resyncs == 1
+    say(11, 0, 1, 2)
+    assert index.synced("d0") and (index.entries, index.resyncs) == (9, 2)
+    index.events("d0", "life", 12, [], hints[:1], False)
+    assert index.entries == 8
+
+
+def test_what_was_expected_and_never_came_is_forgotten() -> None:
+    index = full()
+    kept = []
+    for at in range(10):
+        expected = index.expect(PromptHints([at] * 8), "d0", 0, float(at))
+        assert expected is not None
+        kept.append(expected)
+    index.settle(kept[0], 10.0)
+    index.settle(kept[1], 10.2)
+    assert index.expect(PromptHints([99] * 8), "d0", 0, 10.1 + SETTLE_S) is not None
+    assert [one.chain is None for one in kept] == [True] + [False] * 9
+    assert index.expect(PromptHints([98] * 8), "d0", 0, 5.0 + FORGET_S) is not None
+    assert [one.chain is None for one in kept] == [True] * 6 + [False] * 4
+    assert len(index._expected) == 4 + 2

@@ -55,7 +55,7 @@ async def knows_all(stub: inference_pb2_grpc.InferenceStub) -> api.StatusRespons
     """Waits until the router knows of each worker exactly what that worker has in its cache, at rest."""
     async with asyncio.timeout(WAIT_TIMEOUT_S):
         while True:
-            status = await stub.Status(api.StatusRequest(), timeout=10)
+            status: api.StatusResponse = await stub.Status(api.StatusRequest(), timeout=10)
             cached = sum(worker.ledger.blocks_cached for worker in status.workers)
             idle = not any(worker.running or worker.ledger.blocks_held for worker in status.workers)
             resyncs = status.prefix_index.resyncs
@@ -71,7 +71,8 @@ async def ask(stub: inference_pb2_grpc.InferenceStub, prompt: list[int]) -> api.
     )
     async for event in stub.Generate(request, timeout=WAIT_TIMEOUT_S):
         if event.HasField("finished"):
-            return event.finished.trace
+            trace: api.Trace = event.finished.trace
+            return trace
     raise AssertionError("the stream ended without a terminal event")
 
 

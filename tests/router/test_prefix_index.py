@@ -308,6 +308,10 @@ class IndexMachine(RuleBasedStateMachine):
         assert sum(mask.bit_count() for mask in index._masks.values()) == index.entries
         for worker in workers.values():
             assert all(index._masks[hint] & worker.bit for hint in worker.hints)
+        sizes = {name: self.naive[name].known and SIZES[name] for name in workers}
+        for size in {0, *SIZES.values()}:
+            mask = sum(worker.bit for name, worker in workers.items() if size and sizes[name] == size)
+            assert index._by_size.get(size, 0) == mask
         assert all(one.chain is not None for waiting in index._expected.values() for one in waiting)
         assert all(index._expected.values())
 

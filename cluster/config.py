@@ -98,6 +98,9 @@ class RouterSection(_Section):
     local_below_tokens: NotNegative = 256  # a shorter uncached suffix is prefilled where it is decoded
     max_prefill_waiting: Positive = 8
     max_active: Positive = 1024
+    # Blocks at workers that the router's prefix index keeps at most, about 250 bytes each; beyond that the least
+    # recently used are forgotten, and prompts that begin so find their worker by chance.
+    prefix_index_entries: Positive = 1_000_000
     log_format: Literal["text", "json"] = (
         "text"  # of the router's log; json: one object a line, see docs/metrics.md
     )

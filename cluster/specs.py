@@ -101,6 +101,7 @@ def router_spec(config: Config, model: ModelConfig, token: str) -> RouterSpec:
         local_below_tokens=config.router.local_below_tokens,
         max_prefill_waiting=config.router.max_prefill_waiting,
         max_active=config.router.max_active,
+        prefix_index_entries=config.router.prefix_index_entries,
         log_format=config.router.log_format,
     )
 

@@ -27,12 +27,21 @@ def show(answer: inference_pb2.StatusResponse, *, ledger: bool, console: Console
     ready = "[green]ready[/]" if answer.ready else "[yellow]not ready[/]"
     console.print(
         f"{answer.router or 'router'} {answer.release}: {ready}, policy {answer.policy or '-'}, "
-        f"{answer.active_requests} active requests, {len(answer.workers)} workers",
+        f"{answer.active_requests} active requests, {len(answer.workers)} workers{_index(answer)}",
         soft_wrap=True,
     )
     if answer.workers:
         workers = sorted(answer.workers, key=lambda worker: (worker.role != "prefill", worker.worker_id))
         console.print(_ledger(workers) if ledger else _workers(workers))
+
+
+def _index(answer: inference_pb2.StatusResponse) -> str:
+    """Nothing for a router of a release that has no index."""
+    if not answer.HasField("prefix_index"):
+        return ""
+    index = answer.prefix_index
+    hits = f", {100 * index.hits / index.lookups:.0f}% hits" if index.lookups else ""
+    return f", prefix index of {index.entries} blocks{hits}"
 
 
 def _workers(workers: list[inference_pb2.WorkerStatus]) -> Table:

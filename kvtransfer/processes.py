@@ -42,6 +42,12 @@ def dead(process: ProcessIdentity) -> bool | None:
     return stat[0] in ("Z", "X") and int(stat[17]) <= 1
 
 
+def same_host(one: ProcessIdentity, other: ProcessIdentity) -> bool:
+    """Whether both run under one kernel, in whatever containers."""
+    boot = one.namespace.partition("/")[0]
+    return bool(boot) and boot == other.namespace.partition("/")[0]
+
+
 def _namespace() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

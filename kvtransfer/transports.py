@@ -16,7 +16,7 @@ from kvtransfer.transport import Region, Transport, TransportError
 
 log = logging.getLogger(__name__)
 
-TransportKind = Literal["auto", "nixl", "shm"]
+TransportKind = Literal["auto", "nixl", "distributed", "shm"]
 
 
 class Endpoint(Transport, Protocol):
@@ -29,11 +29,14 @@ class Endpoint(Transport, Protocol):
         """Ends it. Writes in flight are not stopped by this, and regions stay allocated."""
 
 
-def open_transport(kind: str, staging_bytes: int, landing_bytes: int, incarnation: str) -> Endpoint:
+def open_transport(
+    kind: str, staging_bytes: int, landing_bytes: int, incarnation: str, host: str = "127.0.0.1"
+) -> Endpoint:
     """Opens an endpoint with regions of these sizes (0: none). Raises TransportError, ValueError for an unknown kind.
 
-    `nixl`: between any two hosts, and the fastest that UCX finds. `shm`: only between processes of one host, needs
-    nothing installed. `auto`: nixl where it can be used, else shm.
+    `nixl`: between any two hosts, and the fastest that UCX finds. `distributed`: between any two hosts over TCP, by
+    torch.distributed's gloo; it listens at `host`, by which peers must reach it. `shm`: only between processes of one
+    host, needs nothing installed. `auto`: nixl where it can be used, else shm.
     """
     if kind not in get_args(TransportKind):
         raise ValueError(f"unknown transport {kind!r}: choose one of {', '.join(get_args(TransportKind))}")
@@ -41,6 +44,8 @@ def open_transport(kind: str, staging_bytes: int, landing_bytes: int, incarnatio
         raise ValueError(f"staging_bytes={staging_bytes}, landing_bytes={landing_bytes}: negative")
     if kind == "shm":
         return _open_shm(staging_bytes, landing_bytes, incarnation)
+    if kind == "distributed":
+        return _open_distributed(staging_bytes, landing_bytes, incarnation, host)
     try:
         return _open_nixl(staging_bytes, landing_bytes, incarnation)
     except TransportError as error:
@@ -77,6 +82,14 @@ def _open_nixl(staging_bytes: int, landing_bytes: int, incarnation: str) -> Endp
     nixl_transport.load()  # before anything is allocated for it
     return nixl_transport.NixlTransport(
         incarnation, allocate_region(staging_bytes), allocate_region(landing_bytes)
+    )
+
+
+def _open_distributed(staging_bytes: int, landing_bytes: int, incarnation: str, host: str) -> Endpoint:
+    from kvtransfer.distributed_transport import DistributedTransport
+
+    return DistributedTransport(
+        incarnation, allocate_region(staging_bytes), allocate_region(landing_bytes), host
     )
 
 

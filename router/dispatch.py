@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+import numpy as np
+
 from baton import RELEASE
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
@@ -31,6 +33,8 @@ from router.dispatch_api import (
 from router.links import WorkerLink
 from router.metrics import RequestMetrics
 from router.policy import POLICIES, Ask, Decision, NoWorker, choose
+from router.prefix_index import Expected, PrefixIndex
+from router.prompt_hints import PromptHints
 from router.spec import RouterSpec
 from router.view import ClusterView
 
@@ -43,7 +47,9 @@ STOP_S = 2.0  # for the end of a request that was stopped: about a step
 class Flight:
     """One request under way: what has come for it and was not taken yet. One consumer."""
 
-    __slots__ = ("_events", "_untaken", "_waiter", "account", "decision", "first_token_seen", "key", "link")
+    __slots__ = (
+        "_events", "_untaken", "_waiter", "account", "decision", "expected", "first_token_seen", "key", "link",
+    )  # fmt: skip
 
     def __init__(self, key: int, link: WorkerLink, decision: Decision, account: Account) -> None:
         self.key = key
@@ -51,6 +57,7 @@ class Flight:
         self.decision = decision
         self.account = account
         self.first_token_seen = False
+        self.expected: list[Expected] = []  # what its workers will have cached, until they say so
         self._events: deque[Event | Refused] = deque()
         self._untaken: dict[int, NewTokens] = {}  # by choice, among the events
         self._waiter: asyncio.Future[None] | None = None
@@ -85,6 +92,7 @@ class WorkerDispatcher:
         self.spec = spec
         self.metrics = RequestMetrics()
         self.cluster = ClusterView()
+        self.index = PrefixIndex(spec.prefix_index_entries)
         self._policy = POLICIES[spec.policy]
         self._links: dict[str, WorkerLink] = {}  # by worker id
         self._flights: dict[int, Flight] = {}
@@ -145,16 +153,21 @@ class WorkerDispatcher:
         return True
 
     def _submit(self, prompt: Prompt) -> Flight:
+        now = time.monotonic()
         uncached = len(prompt.tokens) - 1
+        hints = PromptHints(prompt.tokens, prompt.salt)
+        decode_cached, prefill_cached = self.index.match(hints, now)
         ask = Ask(
             len(prompt.tokens),
             uncached,
             self.spec.local_below_tokens,
             self.spec.max_prefill_waiting,
             prompt_logprobs=prompt.sampling.prompt_logprobs is not None,
+            decode_cached=decode_cached,
+            prefill_cached=prefill_cached,
         )
         try:
-            decision = choose(self._policy, ask, self.cluster.view, time.monotonic())
+            decision = choose(self._policy, ask, self.cluster.view, now)
         except NoWorker as error:
             raise Refused(RefusalKind.UNAVAILABLE, str(error), retry_after_s=RETRY_AFTER_S) from None
         link = self._links[decision.decode_worker]
@@ -162,24 +175,40 @@ class WorkerDispatcher:
         flight = Flight(self._next_key, link, decision, prompt.account)
         self._next_key += 1
         self._flights[flight.key] = flight
-        self.cluster.decode.place(decision.decode_worker, 1)
-        if decision.prefill_worker is not None:
-            self.cluster.prefill.place(decision.prefill_worker, 1)
+        self._book(flight, hints, ask, now)
         prompt.account.decision = decision
         self.metrics.decided(decision, len(prompt.tokens))
         link.send(message)
         return flight
+
+    def _book(self, flight: Flight, hints: PromptHints, ask: Ask, now: float) -> None:
+        """The placement counts at once, as work and as a prompt that its workers will have cached."""
+        decision, cluster = flight.decision, self.cluster
+        placed = [(cluster.decode, decision.decode_worker, ask.decode_cached)]
+        if decision.prefill_worker is not None:
+            placed.append((cluster.prefill, decision.prefill_worker, ask.prefill_cached))
+        for book, worker_id, cached in placed:
+            book.place(worker_id, 1)
+            expected = self.index.expect(hints, worker_id, int(cached[book.at(worker_id)]), now)
+            if expected is not None:
+                flight.expected.append(expected)
 
     def _land(self, flight: Flight) -> None:
         """The request is over for this router."""
         if self._flights.pop(flight.key, None) is None:
             return
         self.cluster.decode.place(flight.decision.decode_worker, -1)
-        self._prefilled(flight)
+        for expected in flight.expected:  # it ends without a first token
+            self.index.forget(expected)
+        flight.expected.clear()
+        self._prefilled(flight, 0.0)
 
-    def _prefilled(self, flight: Flight) -> None:
+    def _prefilled(self, flight: Flight, now: float) -> None:
         if not flight.first_token_seen:
             flight.first_token_seen = True
+            for expected in flight.expected:
+                self.index.settle(expected, now)
+            flight.expected.clear()
             if flight.decision.prefill_worker is not None:
                 self.cluster.prefill.place(flight.decision.prefill_worker, -1)
 
@@ -194,7 +223,7 @@ class WorkerDispatcher:
         for entry in message.tokens:
             flight = self._flights.get(entry.key)
             if flight is not None:
-                self._prefilled(flight)
+                self._prefilled(flight, now)
                 self.metrics.tokens(flight.account, entry.choice, len(entry.ids), now)
                 logprobs = _logprobs(entry.logprobs) if entry.HasField("logprobs") else None
                 flight.push(NewTokens(entry.first_index, list(entry.ids), entry.choice, logprobs))
@@ -207,8 +236,24 @@ class WorkerDispatcher:
             elif flight is not None:
                 flight.push(self._end(flight, end))
                 self._land(flight)
+        if message.HasField("kv_snapshot") or message.kv_events:
+            self._cached(link, message, now)
         if message.HasField("status"):
             self._report(link)
+            if not self.index.synced(link.member.worker_id):
+                link.resubscribe(now)
+
+    def _cached(self, link: WorkerLink, message: pb.FromWorker, now: float) -> None:
+        """What the worker says of its prefix cache."""
+        worker_id = link.member.worker_id
+        if message.HasField("kv_snapshot"):
+            link.kv_heard = now
+            s = message.kv_snapshot
+            self.index.snapshot(
+                worker_id, s.incarnation, s.seq, s.block_size, s.piece, s.pieces, _hints(s.hashes)
+            )
+        for e in message.kv_events:
+            self.index.events(worker_id, e.incarnation, e.seq, _hints(e.added), _hints(e.evicted), e.cleared)
 
     def _report(self, link: WorkerLink) -> None:
         status = link.status
@@ -271,10 +316,14 @@ class WorkerDispatcher:
         for worker_id, member in wanted.items():
             if worker_id not in self._links:
                 self._links[worker_id] = WorkerLink(member, self.spec.token, self._on_message, self._on_down)
-        self.cluster.set_workers(
-            [worker_id for worker_id, member in wanted.items() if member.role == "decode"],
-            [worker_id for worker_id, member in wanted.items() if member.role == "prefill"],
+        decode, prefill = (
+            [(member.worker_id, member.incarnation) for member in wanted.values() if member.role == role]
+            for role in ("decode", "prefill")
         )
+        self.cluster.set_workers(
+            [worker_id for worker_id, _ in decode], [worker_id for worker_id, _ in prefill]
+        )
+        self.index.set_workers(decode, prefill)
         await asyncio.gather(*retired, return_exceptions=True)
 
     def workers(self) -> Iterator[tuple[api.WorkerStatus, int]]:
@@ -289,10 +338,23 @@ class WorkerDispatcher:
             active_requests=self.active,
             workers=[link.status for link in self._links.values()],
             policy=self.spec.policy,
+            prefix_index=api.PrefixIndex(
+                entries=self.index.entries,
+                lookups=self.index.lookups,
+                hits=self.index.hits,
+                resyncs=self.index.resyncs,
+                gaps=self.index.gaps,
+            ),
         )
 
     async def close(self) -> None:
         await asyncio.gather(*(link.close() for link in self._links.values()))
+
+
+def _hints(packed: bytes) -> list[int]:
+    """Of `KvEvents` and `KvSnapshot`."""
+    hints: list[int] = np.frombuffer(packed, dtype="<u8").tolist()
+    return hints
 
 
 def _submit_message(key: int, prompt: Prompt, decision: Decision) -> pb.Submit:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ log = logging.getLogger("baton.router")
 # A worker speaks every 200 ms between steps; a step of a long prompt chunk on a slow CPU takes seconds.
 SILENCE_S = 15.0
 BACKOFF_S = (0.05, 1.0)
+RESYNC_S = 2.0  # for the next piece of a snapshot; then it is asked for again
 
 
 class WorkerLink:
@@ -44,6 +46,7 @@ class WorkerLink:
             alive=False,
         )
         self.up = False
+        self.kv_heard = 0.0  # when a snapshot of its prefix cache was asked for, or a piece of it came
         self._token = token
         self._on_message = on_message
         self._on_down = on_down
@@ -54,6 +57,15 @@ class WorkerLink:
         """Queues a message for the open stream; without one it is dropped (its requests have been told so)."""
         if self.up:
             self._outbox.put_nowait(message)
+
+    def resubscribe(self, now: float) -> None:
+        """Asks for the content of the worker's prefix cache again, unless it was asked for a moment ago."""
+        if self.up and now >= self.kv_heard + RESYNC_S:
+            self._outbox.put_nowait(self._subscription())
+
+    def _subscription(self) -> pb.ToWorker:
+        self.kv_heard = time.monotonic()
+        return pb.ToWorker(kv_subscribe=pb.KvSubscribe())
 
     def retire(self) -> asyncio.Task[None]:
         """The worker left the cluster: down from this moment. Returns the task that is ending."""
@@ -86,6 +98,7 @@ class WorkerLink:
 
     async def _talk(self) -> str:
         self._outbox = asyncio.Queue()
+        self._outbox.put_nowait(self._subscription())
         async with rpc.channel(self.member.address) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             call = stub.Session(metadata=rpc.credentials(self._token))

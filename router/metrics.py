@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from baton.v1 import inference_pb2 as api
 from router.account import Account
 from router.policy import Decision
+from router.prefix_index import PrefixIndex
 
 # In seconds. First tokens and waits: from a cached prompt on an idle GPU to a queue that is minutes long.
 FIRST_TOKEN_S = (
@@ -191,6 +192,7 @@ class Collector:
         requests: RequestMetrics,
         workers: Callable[[], Iterable[tuple[api.WorkerStatus, int]]],
         active: Callable[[], int],
+        index: PrefixIndex,
         *,
         restarts: int,
         build: dict[str, str],
@@ -198,6 +200,7 @@ class Collector:
         self._requests = requests
         self._workers = workers
         self._active = active
+        self._index = index
         self._restarts = restarts
         self._build = build
 
@@ -212,7 +215,23 @@ class Collector:
             "baton_router_restarts", "How often this router was started again.", value=self._restarts
         )
         yield from self._requests.families()
+        yield from index_families(self._index)
         yield from worker_families(self._workers())
+
+
+def index_families(index: PrefixIndex) -> Iterator[Metric]:
+    """The prefix index of this router."""
+    yield GaugeMetricFamily(
+        "baton_prefix_index_entries", "Blocks at workers that the prefix index knows.", value=index.entries
+    )
+    for name, value, documentation in (
+        ("lookups", index.lookups, "Prompts that were looked up."),
+        ("hits", index.hits, "Prompts of which some worker had a block."),
+        ("resyncs", index.resyncs, "Snapshots of workers' prefix caches that were read."),
+        ("gaps", index.gaps, "Batches of KV events, or pieces of snapshots, that were missed."),
+        ("dropped", index.dropped, "Entries that were given up, since there were too many."),
+    ):
+        yield CounterMetricFamily(f"baton_prefix_index_{name}", documentation, value=value)
 
 
 _GAUGES = {

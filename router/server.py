@@ -97,6 +97,7 @@ class Router:
             self.dispatcher.metrics,
             self.dispatcher.workers,
             lambda: self.dispatcher.active,
+            self.dispatcher.index,
             restarts=self.spec.restarts,
             build={
                 "release": RELEASE,

@@ -24,6 +24,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     local_below_tokens: int = 256
     max_prefill_waiting: int = 8  # remote only while fewer hand-offs wait at the prefill worker
     max_active: int = 1024  # requests in this router; beyond that RESOURCE_EXHAUSTED
+    prefix_index_entries: int = 1_000_000  # blocks at workers that the prefix index keeps at most
     log_format: Literal["text", "json"] = "text"
     restarts: int = 0  # how often this router was started again by its supervisor
 

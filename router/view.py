@@ -71,6 +71,10 @@ class PoolBook:
             )
         self.pool = self._publish()
 
+    def at(self, worker_id: str) -> int:
+        """The worker's place in the pool's arrays; KeyError when there is no such worker."""
+        return self._index[worker_id]
+
     def set_usable(self, worker_id: str, usable: bool) -> None:
         if worker_id in self._index:
             self._usable[self._index[worker_id]] = usable

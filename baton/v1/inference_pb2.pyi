@@ -208,20 +208,36 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("router", "release", "ready", "active_requests", "workers", "policy")
+    __slots__ = ("router", "release", "ready", "active_requests", "workers", "policy", "prefix_index")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_INDEX_FIELD_NUMBER: _ClassVar[int]
     router: str
     release: str
     ready: bool
     active_requests: int
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     policy: str
-    def __init__(self, router: _Optional[str] = ..., release: _Optional[str] = ..., ready: _Optional[bool] = ..., active_requests: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., policy: _Optional[str] = ...) -> None: ...
+    prefix_index: PrefixIndex
+    def __init__(self, router: _Optional[str] = ..., release: _Optional[str] = ..., ready: _Optional[bool] = ..., active_requests: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., policy: _Optional[str] = ..., prefix_index: _Optional[_Union[PrefixIndex, _Mapping]] = ...) -> None: ...
+
+class PrefixIndex(_message.Message):
+    __slots__ = ("entries", "lookups", "hits", "resyncs", "gaps")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    RESYNCS_FIELD_NUMBER: _ClassVar[int]
+    GAPS_FIELD_NUMBER: _ClassVar[int]
+    entries: int
+    lookups: int
+    hits: int
+    resyncs: int
+    gaps: int
+    def __init__(self, entries: _Optional[int] = ..., lookups: _Optional[int] = ..., hits: _Optional[int] = ..., resyncs: _Optional[int] = ..., gaps: _Optional[int] = ...) -> None: ...
 
 class Ledger(_message.Message):
     __slots__ = ("blocks_free", "blocks_cached", "blocks_held", "blocks_landing", "blocks_total", "slots_free", "slots_leased", "slots_quarantined", "slots_total")

@@ -49,6 +49,7 @@ class PeerProcess:
         root = Path(__file__).parents[2]
         self.sock = mine
         self.sock.settimeout(60)
+        self.sound = True  # no signal has hurt it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.kvtransfer.peer", str(theirs.fileno())],
             cwd=root,
@@ -65,6 +66,7 @@ class PeerProcess:
         return result
 
     def signal(self, number: signal.Signals) -> None:
+        self.sound = self.sound and number == signal.SIGCONT
         os.kill(self.process.pid, number)
 
     def end(self) -> None:
@@ -96,6 +98,11 @@ class Peer:
         self.endpoint = open_transport(kind, staging_bytes, landing_bytes, incarnation)
         return self.endpoint.describe()
 
+    def close(self) -> None:
+        self.it.close()
+        self.endpoint = None
+        self.settled_writes = []
+
     def connect(self, peer: str, description: bytes) -> None:
         self.it.connect(peer, description)
 
@@ -108,6 +115,9 @@ class Peer:
     def settled(self) -> list[tuple[int, str]]:
         settled, self.settled_writes = self.settled_writes, []
         return settled
+
+    def gone(self, peer: str) -> bool:
+        return self.it.gone(peer)
 
     def landing(self) -> bytes:
         return self.it.landing.tobytes()

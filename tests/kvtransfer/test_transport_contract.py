@@ -1,5 +1,5 @@
-"""One suite for all transports: loopback within this process; shm and NIXL (on its own choice, and held to TCP, as
-between hosts) against a real second process."""
+"""One suite for all transports: loopback within this process; shm, torch.distributed and NIXL (on its own choice, and
+held to TCP, as between hosts) against real other processes, which serve one test after another while they live."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Remote(Protocol):
     def fill(self, seed: int) -> None: ...
     def write(self, peer: str, rows: list[list[int]]) -> int: ...
     def settled(self) -> list[tuple[int, str]]: ...
+    def gone(self, peer: str) -> bool: ...
     def landing(self) -> Region: ...
     def kill(self) -> None: ...
     def stop(self) -> None: ...
@@ -65,6 +66,9 @@ class LoopbackRemote:
     def settled(self) -> list[tuple[int, str]]:
         return [(settled.ticket, settled.error) for settled in self.endpoint.poll()]
 
+    def gone(self, peer: str) -> bool:
+        return self.endpoint.gone(peer)
+
     def landing(self) -> Region:
         return self.endpoint.landing.copy()
 
@@ -79,8 +83,8 @@ class LoopbackRemote:
 
 
 class ProcessRemote:
-    def __init__(self, kind: str, staging: int, landing: int, incarnation: str) -> None:
-        self.peer = PeerProcess()
+    def __init__(self, peer: PeerProcess, kind: str, staging: int, landing: int, incarnation: str) -> None:
+        self.peer = peer
         self.description = self.peer.call("open", kind, staging, landing, incarnation)
 
     def connect(self, peer: str, description: bytes) -> None:
@@ -94,6 +98,9 @@ class ProcessRemote:
 
     def settled(self) -> list[tuple[int, str]]:
         return [(ticket, error) for ticket, error in self.peer.call("settled")]
+
+    def gone(self, peer: str) -> bool:
+        return bool(self.peer.call("gone", peer))
 
     def landing(self) -> Region:
         return np.frombuffer(self.peer.call("landing"), dtype=np.uint8)
@@ -111,8 +118,9 @@ class ProcessRemote:
 class World:
     """Opens endpoints of one kind, and ends them."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, idle: dict[str, list[PeerProcess]]) -> None:
         self.kind = kind
+        self.idle = idle.setdefault(kind, [])
         self.fabric = LoopbackFabric(seed=1, faults=LoopbackFaults(delay=(0, 5), reorder=True))
         self.remotes: list[ProcessRemote] = []
         self.locals: list[Endpoint] = []
@@ -120,7 +128,7 @@ class World:
     @property
     def passive_peer_must_run(self) -> bool:
         """Whether a write needs the receiver to make progress, so that one to a stopped peer stays in flight."""
-        return self.kind in ("loopback", "nixl-tcp")
+        return self.kind in ("loopback", "nixl-tcp", "distributed")
 
     def local(self, staging: int = MIB, landing: int = MIB, incarnation: str = "here") -> Endpoint:
         if self.kind == "loopback":
@@ -133,31 +141,50 @@ class World:
         if self.kind == "loopback":
             endpoint = self.fabric.open(incarnation, staging_bytes=staging, landing_bytes=landing)
             return LoopbackRemote(self.fabric, endpoint)
-        remote = ProcessRemote(self.kind.removesuffix("-tcp"), staging, landing, incarnation)
+        peer = self.idle.pop() if self.idle else PeerProcess()
+        remote = ProcessRemote(peer, self.kind.removesuffix("-tcp"), staging, landing, incarnation)
         self.remotes.append(remote)
         return remote
 
-    def end(self) -> None:
-        for remote in self.remotes:
-            remote.peer.end()
+    def end(self, *, well: bool) -> None:
+        """Peers that still answer are kept for the next test."""
         for endpoint in self.locals:
             endpoint.close()
+        for remote in self.remotes:
+            if well and remote.peer.sound:
+                remote.peer.call("close")
+                self.idle.append(remote.peer)
+            else:
+                remote.peer.end()
+
+
+@pytest.fixture(scope="module")
+def idle() -> Iterator[dict[str, list[PeerProcess]]]:
+    """Peer processes that wait for their next test, by kind."""
+    peers: dict[str, list[PeerProcess]] = {}
+    yield peers
+    for peer in [peer for those in peers.values() for peer in those]:
+        peer.end()
 
 
 @pytest.fixture(
     params=[
         "loopback",
         "shm",
+        "distributed",
         pytest.param("nixl", marks=needs_nixl),
         pytest.param("nixl-tcp", marks=needs_nixl),
     ]
 )
-def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, idle: dict[str, list[PeerProcess]]
+) -> Iterator[World]:
     if request.param == "nixl-tcp":
         monkeypatch.setenv("UCX_TLS", "tcp")
-    world = World(request.param)
+    world = World(request.param, idle)
+    failed = request.session.testsfailed
     yield world
-    world.end()
+    world.end(well=request.session.testsfailed == failed)
 
 
 def fill(region: Region, seed: int) -> None:
@@ -280,7 +307,8 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_posted(world: World) -
 
 def test_a_description_that_is_none_is_refused(world: World) -> None:
     here, there = connected(world)
-    for garbage in (b"", b"\x00" * 64, there.description[:-20], here.describe()):
+    foreign = msgspec.msgpack.encode({"type": "carrier pigeon", "landing_bytes": MIB})
+    for garbage in (b"", b"\x00" * 64, there.description[:-20], here.describe(), foreign):
         with pytest.raises(TransportError):
             here.connect("other", garbage)
         with pytest.raises(TransportError):
@@ -309,6 +337,66 @@ def test_two_peers(world: World) -> None:
     assert settle(here, first, second) == {first: "", second: ""}
     assert np.array_equal(there.landing()[:64], here.staging[:64])
     assert np.array_equal(other.landing()[:64], here.staging[64:128])
+
+
+def test_writes_of_all_sizes_posted_together_land_exactly(world: World) -> None:
+    here, there = connected(world, 4 * MIB, 8 * MIB)
+    rng = np.random.default_rng(5)
+    expected = np.zeros(8 * MIB, dtype=np.uint8)
+    tickets, at = [], 0
+    for size in rng.permutation([1, 7, 4096, 65536, 100_001, 1 << 19] * 5).tolist():
+        source = int(rng.integers(0, 4 * MIB - size))
+        # Two rows for each write, in falling order, and a byte between them that nobody may touch.
+        half, whole = size // 2, at + size + 1
+        rows = [(source, at, half)] * bool(half) + [(source + half, at + half + 1, size - half)]
+        tickets.append(here.write("there", rows_of(*rows[::-1])))
+        expected[at : at + half] = here.staging[source : source + half]
+        expected[at + half + 1 : whole] = here.staging[source + half : source + size]
+        at = whole + 1
+    assert set(settle(here, *tickets).values()) == {""}
+    assert np.array_equal(there.landing(), expected)
+
+
+def test_a_settled_write_does_not_depend_on_staging_any_more(world: World) -> None:
+    here, there = connected(world)
+    sent = here.staging.copy()
+    ticket = here.write("there", rows_of((0, 0, MIB)))
+    assert settle(here, ticket) == {ticket: ""}
+    here.staging[:] = 0
+    for _ in range(100):
+        here.poll()
+    assert np.array_equal(there.landing(), sent)
+
+
+def test_peers_that_write_at_once_each_reach_their_own_slots(world: World) -> None:
+    here, one = world.local(staging=MIB, landing=16 * MIB), world.remote(staging=8 * MIB)
+    two = world.remote(staging=8 * MIB, incarnation="other")
+    for seed, (name, remote) in enumerate((("one", one), ("two", two))):
+        here.connect(name, remote.description)
+        remote.connect("here", here.describe())
+        remote.fill(seed)
+    sizes = [MIB] * 7 + [MIB - 3]
+    for slot, size in enumerate(sizes):  # turn by turn: even slots are one's, odd ones two's
+        one.write("here", [[slot * MIB, 2 * slot * MIB, size]])
+        two.write("here", [[slot * MIB, (2 * slot + 1) * MIB, size]])
+    mine = [here.write(name, rows_of((0, 0, MIB))) for name in ("one", "two")]
+    assert set(settle(here, *mine).values()) == {""}
+    got: dict[str, list[tuple[int, str]]] = {"one": [], "two": []}
+
+    def all_in() -> bool:
+        here.poll()
+        got["one"] += one.settled()
+        got["two"] += two.settled()
+        return all(len(settled) == len(sizes) for settled in got.values())
+
+    until(all_in, "both have settled")
+    assert {error for settled in got.values() for _, error in settled} == {""}
+    for seed in (0, 1):
+        sent = np.random.default_rng(seed).integers(0, 256, 8 * MIB, np.uint8)
+        for slot, size in enumerate(sizes):
+            at = (2 * slot + seed) * MIB
+            assert np.array_equal(here.landing[at : at + size], sent[slot * MIB : slot * MIB + size])
+            assert not here.landing[at + size : at + MIB].any()
 
 
 def test_connecting_again_replaces_the_description(world: World) -> None:
@@ -427,6 +515,49 @@ def test_a_sender_killed_in_the_middle_is_gone_only_when_its_bytes_have_stopped(
     for _ in range(2000):
         here.poll()
     assert np.array_equal(here.landing, before)
+
+
+def test_whatever_becomes_of_a_sender_its_bytes_are_only_where_it_was_told_to_write(world: World) -> None:
+    here, there = world.local(0, 64 * MIB), world.remote(32 * MIB, 0)
+    here.connect("there", there.description)
+    there.connect("here", here.describe())
+    there.fill(9)
+    here.landing[:] = 0xA5
+    slots = range(0, 64 * MIB, 8 * MIB)  # it may write to the second half of each
+    for number, at in enumerate(slots):
+        there.write("here", [[number * 4 * MIB, at + 4 * MIB, 4 * MIB]])
+    killer = threading.Timer(0.004, there.kill)
+    killer.start()
+    killer.join()
+    until(lambda: here.poll() == [] and here.gone("there"), "gone")
+    sent = np.random.default_rng(9).integers(0, 256, 32 * MIB, np.uint8)
+    for number, at in enumerate(slots):
+        assert (here.landing[at : at + 4 * MIB] == 0xA5).all()
+        slot, due = here.landing[at + 4 * MIB : at + 8 * MIB], sent[number * 4 * MIB :][: 4 * MIB]
+        assert ((slot == due) | (slot == 0xA5)).all()
+
+
+def test_closing_with_writes_in_flight_does_not_wait_for_them(world: World) -> None:
+    here, there = connected(world, 8 * MIB, 8 * MIB)
+    other = world.remote(incarnation="other")
+    other.connect("there", there.description)
+    there.stop()
+    for at in range(0, 8 * MIB, MIB):
+        here.write("there", rows_of((at, at, MIB)))
+    here.poll()
+    began = time.monotonic()
+    here.close()
+    assert time.monotonic() - began < LIMIT_S
+    there.resume()
+    ticket = other.write("there", [[0, 0, 64]])
+    got: list[tuple[int, str]] = []
+
+    def arrived() -> bool:
+        got.extend(other.settled())
+        return bool(got)
+
+    until(arrived, "another's write")
+    assert got == [(ticket, "")] and not other.gone("there")
 
 
 @pytest.mark.parametrize(

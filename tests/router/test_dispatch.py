@@ -33,6 +33,7 @@ class HandWorker:
         self.script = script
         self.submits: list[pb.Submit] = []
         self.cancels: list[int] = []
+        self.subscribed = 0
         self.told = asyncio.Event()
         self._outbox: asyncio.Queue[pb.FromWorker] = asyncio.Queue()
 
@@ -50,8 +51,10 @@ class HandWorker:
                     self.submits.append(message.submit)
                     for reply in self.script(message.submit):
                         self._outbox.put_nowait(reply)
-                else:
+                elif message.HasField("cancel"):
                     self.cancels.append(message.cancel.key)
+                else:
+                    self.subscribed += 1
                 self.told.set()
         finally:
             writer.cancel()

@@ -1,0 +1,59 @@
+"""A prompt as the prefix index asks for it: hints of its blocks' names, for each block size, computed as far as anyone
+looks. Pure; made by the dispatcher once for a request, kept while its placement is expected to show.
+"""
+
+from __future__ import annotations
+
+from engine.prefix import HINT_BYTES, names
+
+_STRIDE = 64  # blocks compared at once
+
+
+class HintChain:
+    """The full blocks of one prompt, of one size."""
+
+    __slots__ = ("_names", "block_size", "blocks", "known", "tokens")
+
+    def __init__(self, tokens: list[int], salt: str, block_size: int) -> None:
+        self.tokens = tokens
+        self.block_size = block_size
+        self.blocks = len(tokens) // block_size
+        self.known: list[int] = []
+        self._names = names(tokens, block_size, salt)
+
+    def __getitem__(self, at: int) -> int:
+        """The hint of block `at` < `blocks`."""
+        while at >= len(self.known):
+            self.known.append(int.from_bytes(next(self._names)[:HINT_BYTES], "little"))
+        return self.known[at]
+
+    def common_end(self, other: HintChain, start: int) -> int:
+        """The first block from `start` on that differs from the other's, whose blocks are of the same size."""
+        end = min(self.blocks, other.blocks)
+        if self.tokens is other.tokens:
+            return end
+        size, at, step = self.block_size, start, _STRIDE
+        while step:
+            part = slice(at * size, (at + step) * size)
+            if at + step <= end and self.tokens[part] == other.tokens[part]:
+                at += step
+            else:
+                step //= 2
+        return at
+
+
+class PromptHints:
+    """All chains of one prompt."""
+
+    __slots__ = ("_chains", "_salt", "_tokens")
+
+    def __init__(self, tokens: list[int], salt: str = "") -> None:
+        self._tokens = tokens
+        self._salt = salt
+        self._chains: dict[int, HintChain] = {}
+
+    def chain(self, block_size: int) -> HintChain:
+        chain = self._chains.get(block_size)
+        if chain is None:
+            chain = self._chains[block_size] = HintChain(self._tokens, self._salt, block_size)
+        return chain

@@ -46,6 +46,19 @@ def digest(buffer: Bytes, seed: int) -> bytes:
     return xxhash.xxh3_128_digest(buffer.data, seed=seed)
 
 
+class RunningDigest:
+    """`digest` of bytes that come in parts, each contiguous."""
+
+    def __init__(self, seed: int) -> None:
+        self._state = xxhash.xxh3_128(seed=seed)
+
+    def update(self, part: Bytes) -> None:
+        self._state.update(part.data)
+
+    def digest(self) -> bytes:
+        return self._state.digest()
+
+
 def copy_and_digest(source: Bytes, target: Bytes, seed: int) -> bytes:
     """Copies `source` to `target` (same length, no overlap) and returns `digest(target)`.
 

@@ -1,14 +1,15 @@
-"""The thread of a rank process that owns its transport and moves KV: gathers and sends chunks, copies landed ones out.
+"""The thread of a rank process that owns its transport and moves KV: sends this rank's pieces, copies landed ones out.
 
-    step loop --submit(job)--> queue --> [ mover thread ] --on_report(report)--> step loop
+    step loop --submit(job)--> queue --> [ mover thread ] --on_report(report)--> Join, over all ranks --> step loop
                                               |  ^
-                          send_control(ChunkDone)  transport: write, poll
+                                          transport: write, poll
 
 The step loop's thread never waits for it. Every job gets exactly one report (`Disconnect` none), whatever goes wrong in
 it. It decides nothing: deadlines, retries and who may write where are the roles' business.
 
-A SendChunk needs a staging buffer from gathering until its write has settled, and waits for one in its peer's own line.
-The last free buffer goes only to a peer that holds none, so that one peer which hangs does not hold up the others.
+A SendChunk needs a staging buffer from gathering until all its writes have settled, and waits for one in its peer's own
+line. The last free buffer goes only to a peer that holds none, so that one peer which hangs does not hold up the
+others. What is sent straight from the pool takes its turn the same way and leaves the buffer empty.
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from kvtransfer import layout
-from kvtransfer.digest import copy_and_digest, digest
+from kvtransfer.memory import Side, TransferMemory
 from kvtransfer.messages import (
-    ChunkDone,
     Connect,
     Connected,
     Copied,
@@ -40,8 +40,11 @@ from kvtransfer.messages import (
     SendChunk,
     Sent,
 )
-from kvtransfer.transport import Region, Settled, TransportError
-from kvtransfer.transports import Endpoint
+from kvtransfer.peers import Peer, Peers
+from kvtransfer.plan import Outgoing, kv_heads
+from kvtransfer.receiving import Receiving
+from kvtransfer.sending import Sending
+from kvtransfer.transport import Rows, Settled, TransportError
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +52,17 @@ BUSY_POLL_S = 0.0002  # with writes in flight, either way
 IDLE_POLL_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class _InFlight:
+@dataclass(slots=True)
+class _Sending:
+    """A chunk of which some write has not settled."""
+
     job: SendChunk
     buffer: int
+    pieces: list[int]
+    digests: list[bytes]
     size_bytes: int
-    digest: bytes
+    open: set[int] = field(default_factory=set)  # tickets
+    error: str = ""
 
 
 class Mover:
@@ -62,36 +70,34 @@ class Mover:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        memory: TransferMemory,
         layers: Sequence[torch.Tensor],
         kv: KvSpec,
         *,
-        slot_bytes: int,
+        rank: int,
+        role: Side,
         on_report: Callable[[MoverReport], None],
-        send_control: Callable[[str, ChunkDone], None],
         on_fatal: Callable[[BaseException], None],
         set_device: Callable[[], None] | None = None,
+        gather: str = "auto",
     ) -> None:
-        """Takes over `endpoint`, whose staging and landing are cut into buffers of `slot_bytes`, and starts.
+        """Takes over `memory` and its endpoint, and starts.
 
-        `layers`: the KV pool, see `kvtransfer.layout`. `kv` and `slot_bytes` must be the same at every peer (compared
-        in the hand-shake). The callbacks run in the mover's thread and must not block: `on_report` for each report;
-        `send_control(peer, ChunkDone)` when a write has settled well, before its report; `on_fatal` when the thread
-        ends because the transport or a callback broke. `set_device` runs there first. Raises ValueError when the pool
-        is not what `kv` says.
+        `layers`: this rank's KV pool, see `kvtransfer.layout`. `kv`: of the whole worker. The callbacks run in the
+        mover's thread and must not block: `on_report` for each report; `on_fatal` when the thread ends because the
+        transport or a callback broke. `set_device` runs there first. `gather`: "never" sends straight from the pool,
+        "auto" does where its pieces are large enough, "always" never does. Raises ValueError when the pool is not what
+        `kv` says or does not lie where `gather` needs it.
         """
-        if slot_bytes <= 0:
-            raise ValueError(f"slot_bytes={slot_bytes}: must be positive")
         self._layers = list(layers)
-        self._token_bytes = layout.token_bytes(self._layers)
-        if self._token_bytes != kv.token_bytes:
-            raise ValueError(
-                f"a token's KV has {self._token_bytes} bytes in the pool, {kv.token_bytes} by its spec"
-            )
-        self._endpoint = endpoint
-        self._slot_bytes = slot_bytes
+        _check_pool(self._layers, kv, rank)
+        self._memory = memory
+        self._endpoint = memory.endpoint
+        self._kv = kv
+        self._rank = rank
+        self._sending = Sending(memory, self._layers, kv, gather) if role == "prefill" else None
+        self._receiving = Receiving(memory, self._layers, kv, rank) if role == "decode" else None
         self._on_report = on_report
-        self._send_control = send_control
         self._on_fatal = on_fatal
         self._set_device = set_device
         self._jobs: queue.SimpleQueue[MoverJob | None] = queue.SimpleQueue()  # None: look around
@@ -99,12 +105,11 @@ class Mover:
         self._ended = False
         self._expecting = False
         # From here on: the mover's thread only.
+        self._peers = Peers(self._endpoint, kv, rank, self._sending)
         self._lines: dict[str, deque[SendChunk]] = {}  # by peer; the first peer is next
-        self._buffers = endpoint.staging.nbytes // slot_bytes
-        self._free = list(range(self._buffers))
+        self._free = list(range(memory.buffers))
         self._held: Counter[str] = Counter()
-        self._in_flight: dict[int, _InFlight] = {}
-        self._scratch: Region = np.zeros(slot_bytes if endpoint.landing.nbytes else 0, dtype=np.uint8)
+        self._in_flight: dict[int, _Sending] = {}  # by ticket
         self._thread = threading.Thread(target=self._run, name="mover", daemon=True)
         self._thread.start()
 
@@ -177,44 +182,46 @@ class Mover:
 
     def _do(self, job: MoverJob | None) -> None:
         if isinstance(job, SendChunk):
-            self._lines.setdefault(job.peer, deque()).append(job)
+            self._queue(job)
         elif isinstance(job, CopyOut):
             self._on_report(Copied(job.handoff_id, job.lease_id, self._copy_out(job)))
         elif isinstance(job, Connect):
-            self._on_report(self._connect(job))
+            self._on_report(Connected(job.hello.incarnation, self._peers.connect(job.hello)))
         elif isinstance(job, Disconnect):
             for waiting in self._lines.pop(job.peer, ()):
                 self._refuse(waiting, f"{job.peer} was disconnected")
-            self._endpoint.disconnect(job.peer)
+            self._peers.disconnect(job.peer)
         elif isinstance(job, Probe):
-            self._on_report(Probed(job.peer, self._endpoint.gone(job.peer)))
+            self._on_report(Probed(job.peer, self._peers.gone(job.peer)))
 
     def _refuse(self, job: MoverJob | None, reason: str) -> None:
         """The report of a job that is not done."""
         if isinstance(job, SendChunk):
-            self._on_report(_sent(job, 0, reason))
+            self._on_report(_sent(job, reason))
         elif isinstance(job, CopyOut):
             self._on_report(Copied(job.handoff_id, job.lease_id, False))
         elif isinstance(job, Connect):
-            self._on_report(Connected(job.peer, reason))
+            self._on_report(Connected(job.hello.incarnation, reason))
         elif isinstance(job, Probe):
             self._on_report(Probed(job.peer, False))
 
-    def _connect(self, job: Connect) -> Connected:
-        try:
-            self._endpoint.connect(job.peer, job.endpoint)
-        except TransportError as error:
-            return Connected(job.peer, str(error))
-        except Exception as error:
-            log.exception("connecting %s", job.peer)
-            return Connected(job.peer, _text(error))
-        return Connected(job.peer)
-
     # ---- sending -------------------------------------------------------------------------------------------------
+
+    def _queue(self, job: SendChunk) -> None:
+        """A chunk of which this rank has no piece is done at once, others wait for their turn."""
+        peer = self._peers.get(job.peer)
+        if peer is not None and self._sending is not None:
+            try:
+                has_part = bool(peer.plan.outgoing(self._rank, job.lease.chunk, job.tokens).writes)
+            except ValueError as error:
+                return self._on_report(_sent(job, str(error)))
+            if not has_part:
+                return self._on_report(_sent(job))
+        self._lines.setdefault(job.peer, deque()).append(job)
 
     def _next_peer(self) -> str | None:
         """The first peer in turn which has a chunk waiting and may take a staging buffer."""
-        if not self._free and self._buffers:
+        if not self._free and self._memory.buffers:
             return None
         last = len(self._free) <= 1
         return next((peer for peer in self._lines if not last or not self._held[peer]), None)
@@ -229,42 +236,49 @@ class Mover:
             self._lines[peer] = line  # now the last in turn
         error = self._send(job)
         if error:
-            self._on_report(_sent(job, 0, error))
+            self._on_report(_sent(job, error))
 
     def _send(self, job: SendChunk) -> str:
-        """Gathers, digests and posts one chunk. Returns why it was not posted, or an empty string."""
-        size = job.tokens * self._token_bytes
-        error = self._misfit(job, size)
-        if error:
-            return error
+        """Prepares and posts one chunk. Returns why nothing of it was posted, or an empty string."""
+        peer = self._peers.get(job.peer)
+        if self._sending is None or not self._memory.buffers:
+            return "this mover has no staging buffers: it cannot send"
+        if peer is None:
+            return f"{job.peer} is not connected"
         buffer = self._free.pop()
-        view = self._endpoint.staging[buffer * self._slot_bytes :][:size]
         try:
-            layout.gather(self._layers, job.blocks, job.blocks_start, job.first_token, job.tokens, view)
-            checksum = digest(view, job.seed)
-            landing = job.lease.slot * self._slot_bytes
-            rows = np.array([[buffer * self._slot_bytes, landing, size]], dtype=np.uint64)
+            outgoing = peer.plan.outgoing(self._rank, job.lease.chunk, job.tokens)
+            _check_slot(peer, job.lease.slot, outgoing)
+            prepared = self._sending.prepare(job, peer.plan, outgoing, buffer)
         except Exception as unexpected:
-            log.exception("gathering chunk %d of hand-off %d", job.lease.chunk, job.handoff_id)
+            if not isinstance(unexpected, ValueError):
+                log.exception("gathering chunk %d of hand-off %d", job.lease.chunk, job.handoff_id)
             self._free.append(buffer)
             return _text(unexpected)
-        try:
-            ticket = self._endpoint.write(
-                job.peer, rows
-            )  # anything but TransportError may have posted: it is fatal
-        except TransportError as refused:
+        pieces = [index for write in outgoing.writes for index in write.pieces]
+        digests = [prepared.digests[part] for write in outgoing.writes for part in write.parts]
+        sending = _Sending(job, buffer, pieces, digests, outgoing.size_bytes)
+        self._post(sending, peer, outgoing, prepared.rows)
+        if not sending.open:
             self._free.append(buffer)
-            return str(refused)
+            return sending.error
         self._held[job.peer] += 1
-        self._in_flight[ticket] = _InFlight(job, buffer, size, checksum)
         return ""
 
-    def _misfit(self, job: SendChunk, size: int) -> str:
-        if not self._buffers:
-            return "this mover has no staging buffers: it cannot send"
-        if not 0 < size <= self._slot_bytes:
-            return f"a chunk of {job.tokens} tokens has {size} bytes, slots hold {self._slot_bytes}"
-        return ""
+    def _post(self, sending: _Sending, peer: Peer, outgoing: Outgoing, rows: list[Rows]) -> None:
+        """One write for each target; after one that is refused no more. Anything but TransportError may have posted:
+        it is fatal."""
+        for write, each in zip(outgoing.writes, rows, strict=True):
+            slot = sending.job.lease.slot * peer.hello.slot_bytes[write.target]
+            try:
+                ticket = self._endpoint.write(
+                    peer.name(write.target), each + np.array([0, slot, 0], dtype=np.uint64)
+                )
+            except TransportError as refused:
+                sending.error = str(refused)
+                return
+            sending.open.add(ticket)
+            self._in_flight[ticket] = sending
 
     def _poll(self) -> None:
         for settled in self._endpoint.poll():
@@ -272,53 +286,80 @@ class Mover:
 
     def _write_settled(self, settled: Settled) -> None:
         done = self._in_flight.pop(settled.ticket)
+        done.open.remove(settled.ticket)
+        done.error = done.error or settled.error
+        if done.open:
+            return
         job = done.job
         self._free.append(done.buffer)
         self._held[job.peer] -= 1
         if not self._held[job.peer]:
             del self._held[job.peer]
-        error = settled.error
-        if not error:
-            lease = job.lease
-            message = ChunkDone(
-                job.handoff_id, lease.lease_id, lease.epoch, lease.chunk, done.size_bytes, done.digest
-            )
-            try:
-                self._send_control(job.peer, message)
-            except Exception as unexpected:
-                log.exception("sending ChunkDone to %s", job.peer)
-                error = f"ChunkDone could not be sent: {_text(unexpected)}"
-        self._on_report(_sent(job, done.size_bytes, error))
+        if done.error:
+            self._on_report(_sent(job, done.error))
+        else:
+            self._on_report(_sent(job, "", done.size_bytes, done.pieces, done.digests))
 
     # ---- receiving -----------------------------------------------------------------------------------------------
 
     def _copy_out(self, job: CopyOut) -> bool:
-        """Whether the chunk was what it should be and is now in its blocks; if not, no block was touched.
-
-        Copy first, then verify the copy: a write that was given up may still change the slot at any time.
-        """
-        size = job.tokens * self._token_bytes
-        begin = job.slot * self._slot_bytes
-        if job.size_bytes != size or not 0 < size <= self._slot_bytes:
-            log.warning("hand-off %d: a chunk of %d bytes, not %d", job.handoff_id, job.size_bytes, size)
-            return False
-        if job.slot < 0 or begin + self._slot_bytes > self._endpoint.landing.nbytes:
-            log.error("hand-off %d: no slot %d here", job.handoff_id, job.slot)
+        made = self._peers.plan_of(job.peer)
+        if made is None or self._receiving is None:
+            log.error("hand-off %d: a chunk of %s, which was never connected", job.handoff_id, job.peer)
             return False
         try:
-            copy = self._scratch[:size]
-            if copy_and_digest(self._endpoint.landing[begin : begin + size], copy, job.seed) != job.digest:
-                log.warning("hand-off %d: a chunk at %d has another digest", job.handoff_id, job.first_token)
-                return False
-            layout.scatter(self._layers, job.blocks, job.blocks_start, job.first_token, job.tokens, copy)
+            return self._receiving.copy_out(job, made)
         except Exception:
             log.exception("copying a chunk of hand-off %d out of slot %d", job.handoff_id, job.slot)
             return False
-        return True
 
 
-def _sent(job: SendChunk, size_bytes: int, error: str) -> Sent:
-    return Sent(job.peer, job.handoff_id, job.lease.lease_id, job.lease.chunk, size_bytes, error)
+def _check_pool(layers: Sequence[torch.Tensor], kv: KvSpec, rank: int) -> None:
+    """Raises ValueError when the pool is not what `kv` says of this rank."""
+    shape = (2, kv.block_size, len(kv_heads(kv, rank)), kv.head_dim)
+    found = [(layer.shape[0], *layer.shape[2:]) for layer in layers]
+    dtype = layout.DTYPES[kv.dtype]
+    if (
+        len(layers) != kv.layers
+        or any(one != shape for one in found)
+        or any(x.dtype != dtype for x in layers)
+    ):
+        raise ValueError(
+            f"the pool has {len(layers)} layers of {layers[0].dtype} {found[0]} without their blocks, rank {rank} of "
+            f"this worker {kv.layers} of {dtype} {shape} by its spec"
+        )
+
+
+def _check_slot(peer: Peer, slot: int, outgoing: Outgoing) -> None:
+    """Raises ValueError when the peer's slots do not hold what is written: it would land in another slot."""
+    if slot < 0:
+        raise ValueError(f"slot {slot}")
+    for write in outgoing.writes:
+        if write.end > peer.hello.slot_bytes[write.target]:
+            raise ValueError(
+                f"{write.end} bytes for rank {write.target}, whose slots hold {peer.hello.slot_bytes[write.target]}"
+            )
+
+
+def _sent(
+    job: SendChunk,
+    error: str = "",
+    size_bytes: int = 0,
+    pieces: Sequence[int] = (),
+    digests: Sequence[bytes] = (),
+) -> Sent:
+    lease = job.lease
+    return Sent(
+        peer=job.peer,
+        handoff_id=job.handoff_id,
+        lease_id=lease.lease_id,
+        chunk=lease.chunk,
+        size_bytes=size_bytes,
+        error=error,
+        epoch=lease.epoch,
+        pieces=list(pieces),
+        digests=list(digests),
+    )
 
 
 def _text(error: Exception) -> str:

@@ -3,7 +3,7 @@
 `plan(prefill, decode)` is computed once for a pair; `Plan.pieces(chunk, tokens)` gives the pieces of one chunk, the
 same list on both sides, so that it never crosses the wire. A piece is a rectangle of heads x tokens (of all layers)
 that one prefill rank writes to one decode rank, contiguous in the slot, in the canonical layout
-[kv_head, layer, k/v, token, head_dim]; behind it, when it is quantised, its scales [kv_head, layer, k/v, group].
+[kv_head, layer, k/v, token, head_dim]; before it, when it is quantised, its scales [kv_head, layer, k/v, group].
 
 Heads that the same prefill ranks store and the same decode ranks need are dealt alike: with S sources and T targets,
 each source serves T // S targets alone; the rest is cut into runs of blocks, even to within one block over a hand-off.
@@ -162,7 +162,7 @@ class Plan:
 
     def piece_bytes(self, heads: int, tokens: int) -> int:
         """Bytes of a piece as it crosses, scales included."""
-        return wire_bytes(self.decode, self.wire_dtype, heads, tokens)
+        return wire_bytes(self.wire_dtype, self.decode.layers, self.decode.head_dim, heads, tokens)
 
     # ---- of a chunk ----------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Plan:
                 found.append((target, deal.heads.start, first, source, len(deal.heads), end - first))
         found.sort()
         target, head, first, source, heads, count = np.array(found, dtype=np.int64).T
-        sizes = _wire_bytes(self.decode, self.wire_dtype, heads, count)
+        sizes = _wire_bytes(self.wire_dtype, self.decode.layers, self.decode.head_dim, heads, count)
         ends = np.cumsum(sizes)
         # Offsets begin anew with each target.
         begins = np.searchsorted(target, target)
@@ -318,16 +318,18 @@ def slot_bytes(kv: KvSpec, rank: int) -> int:
     return size
 
 
-def wire_bytes(kv: KvSpec, wire_dtype: str, heads: int, tokens: int) -> int:
-    """Bytes of a piece of heads x tokens that crosses as `wire_dtype`."""
-    return int(_wire_bytes(kv, wire_dtype, np.int64(heads), np.int64(tokens)))
+def wire_bytes(wire_dtype: str, layers: int, head_dim: int, heads: int, tokens: int) -> int:
+    """Bytes of a piece of heads x tokens, all layers, that crosses as `wire_dtype`; its scales included."""
+    return int(_wire_bytes(wire_dtype, layers, head_dim, np.int64(heads), np.int64(tokens)))
 
 
-def _wire_bytes(kv: KvSpec, wire_dtype: str, heads: Ints | np.int64, tokens: Ints | np.int64) -> Ints:
-    each = tokens * kv.head_dim * WIRE_BYTES[wire_dtype]
+def _wire_bytes(
+    wire_dtype: str, layers: int, head_dim: int, heads: Ints | np.int64, tokens: Ints | np.int64
+) -> Ints:
+    each = tokens * head_dim * WIRE_BYTES[wire_dtype]
     if wire_dtype in SCALED:
         each = each + SCALE_BYTES * -(-tokens // SCALE_TOKENS)
-    return np.asarray(2 * kv.layers * heads * each, dtype=np.int64)
+    return np.asarray(2 * layers * heads * each, dtype=np.int64)
 
 
 def _served_alone(deal: _Deal) -> list[tuple[int, int]]:

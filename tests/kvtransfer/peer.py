@@ -124,27 +124,42 @@ class Peer:
 
     # ---- a mover ---------------------------------------------------------------------------------------------------
 
-    def open_mover(self, kind: str, pool: dict[str, int], slots: int, buffers: int, seed: int) -> bytes:
+    def open_mover(self, kind: str, pool: dict[str, Any], role: str, seed: int) -> Any:
+        """One rank, joined as in a worker; its incarnation is its role. Returns its hello."""
         import torch
 
+        from kvtransfer.join import Join
+        from kvtransfer.memory import TransferMemory
+        from kvtransfer.messages import Hello
         from kvtransfer.mover import Mover
-        from tests.kvtransfer.pools import kv_spec, random_layers
+        from tests.kvtransfer.pools import kv_spec, pool_bytes, random_layers
 
         torch.set_num_threads(1)
         kv = kv_spec(**pool)
-        slot = kv.chunk_tokens * kv.token_bytes
-        endpoint = open_transport(kind, buffers * slot, slots * slot, f"peer-{seed}")
-        self.layers = random_layers(kv, seed)
+        memory = TransferMemory.open(
+            kind, kv, 0, role=role, slots=2, gather="auto", incarnation=role, pool_bytes=pool_bytes(kv, 0)
+        )
+        self.layers = random_layers(kv, seed, 0, memory.storage)
+        join = Join(1, self.reports.put, lambda peer, done: self.controls.put([peer, done]))
         self.mover = Mover(
-            endpoint,
+            memory,
             self.layers,
             kv,
-            slot_bytes=slot,
-            on_report=self.reports.put,
-            send_control=lambda peer, done: self.controls.put([peer, done]),
+            rank=0,
+            role=role,
+            on_report=lambda report: join.put(0, report),
             on_fatal=lambda error: os._exit(3),
         )
-        return endpoint.describe()
+        hello = Hello(
+            worker_id=role,
+            incarnation=role,
+            kv=kv,
+            transport=memory.name,
+            endpoints=[memory.describe()],
+            slot_count=2,
+            slot_bytes=[memory.slot_bytes],
+        )
+        return msgspec.to_builtins(hello)
 
     def submit(self, job: dict[str, Any]) -> None:
         from kvtransfer.messages import MoverJob

@@ -325,7 +325,7 @@ def test_quantised_pieces_fit_slots_and_buffers(
         assert outgoing.staging_bytes <= slot_bytes(prefill, rank)
         for write in outgoing.writes:
             assert write.end <= slot_bytes(decode, write.target)
-    assert wire_bytes(decode, wire, 1, 17) == 2 * 2 * (17 * 3 + 2 * 4)
+    assert wire_bytes(wire, 2, 3, 1, 17) == 2 * 2 * (17 * 3 + 2 * 4)
 
 
 @pytest.mark.parametrize(

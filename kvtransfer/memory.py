@@ -48,8 +48,9 @@ class TransferMemory:
         incarnation: str,
         pool_bytes: int,
         device: str = "cpu",
+        host: str = "127.0.0.1",
     ) -> TransferMemory:
-        """Opens a transport of this kind over the regions that this rank needs.
+        """Opens a transport of this kind over the regions that this rank needs; peers reach it at `host`.
 
         `slots` are a decode worker's. `pool_bytes` is what the KV pool takes, which is on `device`: only one on the
         CPU can be sent from without gathering. Raises TransportError, ValueError (also PlanError) for what cannot be.
@@ -57,7 +58,9 @@ class TransferMemory:
         sizes = Sizes.of(
             kv, rank, role=role, slots=slots, gather=gather, pool_bytes=pool_bytes if device == "cpu" else 0
         )
-        endpoint = open_transport(kind, sizes.staging_bytes, sizes.landing_bytes, f"{incarnation}/{rank}")
+        endpoint = open_transport(
+            kind, sizes.staging_bytes, sizes.landing_bytes, f"{incarnation}/{rank}", host
+        )
         return TransferMemory.over(endpoint, sizes)
 
     @staticmethod

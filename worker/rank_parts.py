@@ -109,6 +109,8 @@ def open_parts(spec: WorkerSpec, collective: Collective | None) -> RankParts:
                 gather=spec.gather,
                 incarnation=spec.incarnation,
                 pool_bytes=size_bytes,
+                device=spec.device,
+                host=spec.advertise_host,
             )
         if memory is not None and memory.storage is not None:
             return memory.storage

@@ -62,7 +62,7 @@ class Cluster:
     def kill(self, worker: Worker) -> None:
         """As SIGKILL; its successor has the same name, another incarnation, and nothing else."""
         worker.alive = False
-        self.fabric.kill(worker.incarnation)
+        self.fabric.each_rank(self.fabric.kill, worker)
         for stream in self.streams:
             if worker in (stream.decode, stream.prefill):
                 stream.cut = True
@@ -74,7 +74,7 @@ class Cluster:
     def freeze(self, worker: Worker, frozen: bool) -> None:
         """As SIGSTOP and SIGCONT."""
         worker.frozen = frozen
-        (self.fabric.hang if frozen else self.fabric.resume)(worker.incarnation)
+        self.fabric.each_rank(self.fabric.hang if frozen else self.fabric.resume, worker)
 
     def moves(self) -> list[tuple[str, Callable[[], object]]]:
         """All that might happen next, with names: one message, job, half of a step, or tick."""
@@ -91,8 +91,9 @@ class Cluster:
                 )
             elif worker.inbox or worker.reports or not worker.role.at_rest:
                 possible.append((f"{worker.incarnation} begins a step", partial(worker.begin_step, self.now)))
-            for name, act in worker.mover.moves().items():
-                possible.append((f"{worker.incarnation} {name}", act))
+            for rank, mover in enumerate(worker.movers):
+                for name, act in mover.moves().items():
+                    possible.append((f"rank {rank} of {worker.incarnation} {name}", act))
         for stream, end in self.ends(cut=True):
             possible.append((f"{end.worker.incarnation} learns of a break", partial(stream.learn, end)))
         for decode, prefill in self.undialled():
@@ -125,9 +126,10 @@ class Cluster:
             if worker.begin_step(self.now):
                 worker.finish_step(self.now)
                 busy = True
-            while worker.mover.take_job() or worker.mover.send_next():
-                pass
-            worker.mover.poll()
+            for mover in worker.movers:
+                while mover.take_job() or mover.send_next():
+                    pass
+                mover.poll()
         self.fabric.advance(ticks)
         self.now += seconds
         return busy

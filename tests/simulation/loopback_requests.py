@@ -111,7 +111,7 @@ class Answer:
             if end.more:
                 return
         elif end.reason == "invalid":
-            assert len(submit.prompt) + submit.sampling.max_tokens > 4 * size.decode_blocks
+            assert len(submit.prompt) + submit.sampling.max_tokens > size.decode_tokens
         elif end.reason == "no_room":
             assert size.max_waiting < 100 and not any(self.tokens)
         else:

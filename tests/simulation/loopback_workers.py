@@ -2,8 +2,8 @@
 pools, a loopback fabric, control streams. `loopback_cluster` holds several of them.
 
     inbox --+                  +--> stream --> the other worker's inbox
-    reports-+--> [ role turn ]-+--> jobs ----> [ mover ] --> fabric --> the other worker's slots
-            +<-----------------------------------+
+    reports-+--> [ role turn ]-+--> jobs ----> [ mover of each rank ] --> fabric --> slots of the other worker's ranks
+            +<------------------- [ join ] <---------+
 
 A turn is that of `worker.loop`, cut in two: what the mover and the fabric do while a step computes is a choice, too.
 """
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from itertools import pairwise
 
 import msgspec
@@ -27,8 +28,11 @@ from engine.ledger import BlockLedger, SlotLedger
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Limits
 from engine.sequence import Sequence
+from kvtransfer.handshake import CAPABILITIES
+from kvtransfer.join import Join
 from kvtransfer.leases import LeaseRecord
 from kvtransfer.loopback import LoopbackFabric, LoopbackFaults, _Landing, _Write
+from kvtransfer.memory import Sizes, TransferMemory
 from kvtransfer.messages import (
     Connect,
     ControlMessage,
@@ -41,13 +45,13 @@ from kvtransfer.messages import (
     SendChunk,
 )
 from kvtransfer.mover import Mover
+from kvtransfer.plan import kv_heads
 from prefill.role import PrefillRole
 from simulation.model import draw, kv_of
 from worker.messages import FromPeer, PeerLost, PeerRefused, PeerUp, ToEngine, ToPeer
 
-LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 4
+LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 4
 CHUNK_TOKENS = 8
-SLOT_BYTES = CHUNK_TOKENS * 2 * LAYERS * KV_HEADS * HEAD_DIM * 4
 UNWRITTEN = 0x7FC0DEAD  # a NaN
 _LANES = np.arange(1, 2 * LAYERS * KV_HEADS * HEAD_DIM + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
@@ -66,13 +70,19 @@ DIRTY = ("fail", "duplicate", "corrupt")
 
 
 class Pool:
-    """A KV pool of float32 layers and a model over it. The KV of a position is a hash of all tokens up to it."""
+    """The KV pool of one rank, of float32 layers with its kv heads, and its share of a model over it. The KV of a
+    position is a hash of all tokens up to it. `storage`: where it has to lie."""
 
-    def __init__(self, blocks: int, block_size: int) -> None:
+    def __init__(self, blocks: int, block_size: int, heads: range, storage: torch.Tensor | None) -> None:
         self.block_size = block_size
-        shape = (2, blocks, block_size, KV_HEADS, HEAD_DIM)
-        self._words: list[Words] = [np.full(shape, UNWRITTEN, dtype=np.uint32) for _ in range(LAYERS)]
-        self.layers = [torch.from_numpy(words.view(np.float32)) for words in self._words]
+        self._heads = heads
+        shape = (LAYERS, 2, blocks, block_size, len(heads), HEAD_DIM)
+        size = pool_bytes(blocks, block_size, heads)
+        memory = np.zeros(size, dtype=np.uint8) if storage is None else storage.numpy()[:size]
+        words = memory.view(np.uint32).reshape(shape)
+        words[:] = UNWRITTEN
+        self._words: list[Words] = list(words)
+        self.layers = [torch.from_numpy(layer.view(np.float32)) for layer in self._words]
 
     def run(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
         """Computes a step; AssertionError when what it reads is not, bit for bit, what the sequence demands."""
@@ -84,7 +94,7 @@ class Pool:
             start, end = row.start, row.start + len(row.tokens)
             assert row.tokens == sequence.tokens[start:end]
             kv = kv_of(sequence.tokens[:end], sequence.salt, [])
-            right = _words_of(kv)
+            right = _words_of(kv)[:, :, :, self._heads.start : self._heads.stop]
             at = np.arange(end)
             blocks, offsets = row.block_table.ids[at // self.block_size], at % self.block_size
             for layer, words in enumerate(self._words):
@@ -98,6 +108,10 @@ class Pool:
         return StepResult(sampled)
 
 
+def pool_bytes(blocks: int, block_size: int, heads: range) -> int:
+    return 2 * LAYERS * blocks * block_size * len(heads) * HEAD_DIM * 4
+
+
 def _words_of(kv: list[int]) -> Words:
     """[layers, 2, tokens, kv_heads, head_dim]: no two words are alike, so a misplaced one shows."""
     mixed = (np.array(kv, dtype=np.uint64)[:, None] ^ _LANES) * np.uint64(0xD6E8FEB86659FD93)
@@ -106,7 +120,10 @@ def _words_of(kv: list[int]) -> Words:
 
 
 class WatchedFabric(LoopbackFabric):
-    """Cuts each write in three, so that slots are torn, and sees what lands where it has no right to."""
+    """Cuts each row of a write in three, so that slots are torn, and sees what lands where it has no right to.
+
+    Its endpoints are ranks, named incarnation/rank; who holds it speaks of whole workers.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -122,9 +139,10 @@ class WatchedFabric(LoopbackFabric):
         self._writes_of[write.source.incarnation, write.ticket] = (self.job, fault)
         self.faults = FAULTS[fault]
         self.seen.add(fault)
-        staging, landing, size = (int(value) for value in write.rows[0])
-        cuts = [0, size // 3, size // 2, size]
-        pieces = [(staging + begin, landing + begin, end - begin) for begin, end in pairwise(cuts)]
+        pieces = []
+        for staging, landing, size in write.rows.tolist():
+            cuts = sorted({0, size // 3, size // 2, size})
+            pieces += [(staging + begin, landing + begin, end - begin) for begin, end in pairwise(cuts)]
         write.rows = np.array(pieces, dtype=np.uint64)
         write.left, write.sent = len(pieces), [None] * len(pieces)
         super().post(write)
@@ -135,8 +153,13 @@ class WatchedFabric(LoopbackFabric):
         for write in self._writes:
             source, target = write.source.incarnation, write.target.incarnation
             if self._writes_of[source, write.ticket][1] == "lose" and source not in self._dead:
-                found.append((source, target))
+                found.append((_worker_of(source), _worker_of(target)))
         return found
+
+    def each_rank(self, verb: Callable[[str], None], worker: Worker) -> None:
+        """`kill`, `hang` or `resume` of all ranks of a worker."""
+        for rank in range(worker.hello.kv.tensor_parallel):
+            verb(f"{worker.incarnation}/{rank}")
 
     def _land(self, landing: _Landing) -> None:
         write = landing.write
@@ -144,11 +167,16 @@ class WatchedFabric(LoopbackFabric):
         job, fault = self._writes_of[source, write.ticket]
         travels = write.sent[landing.row] is not None or source not in self._dead
         if travels and target not in self._dead and fault not in DIRTY:
-            record = self.workers[target].leases.get(job.lease.lease_id)
-            assert record is not None and (record.peer, record.lease.slot) == (source, job.lease.slot), (
+            record = self.workers[_worker_of(target)].leases.get(job.lease.lease_id)
+            holder = _worker_of(source)
+            assert record is not None and (record.peer, record.lease.slot) == (holder, job.lease.slot), (
                 f"bytes of lease {job.lease.lease_id} landed in slot {job.lease.slot} after the lease had ended"
             )
         super()._land(landing)
+
+
+def _worker_of(endpoint: str) -> str:
+    return endpoint.rpartition("/")[0]
 
 
 class SteppedMover(Mover):
@@ -198,44 +226,57 @@ class Size:
 
     decodes: int
     prefills: int
-    decode_blocks: int  # of 4 tokens
+    decode_blocks: int
+    decode_block_size: int
+    decode_ranks: int
     prefill_blocks: int
     prefill_block_size: int
+    prefill_ranks: int
+    gather: str
     slots: int
     staging: int
     limits: Limits
     max_waiting: int
     timeout_s: float
 
+    @property
+    def decode_tokens(self) -> int:
+        """What the pool of a decode worker holds."""
+        return self.decode_blocks * self.decode_block_size
+
 
 class Worker:
-    """One incarnation of a worker. It moves only when `begin_step`, `finish_step` or its mover is called."""
+    """One incarnation of a worker. It moves only when `begin_step`, `finish_step` or one of its movers is called."""
 
     def __init__(self, fabric: WatchedFabric, size: Size, worker_id: str, life: int, *, decode: bool) -> None:
         self.worker_id, self.incarnation, self.decode = worker_id, f"{worker_id}.{life}", decode
-        block_size = 4 if decode else size.prefill_block_size
+        block_size = size.decode_block_size if decode else size.prefill_block_size
         ledger = BlockLedger(size.decode_blocks if decode else size.prefill_blocks, block_size)
-        slots, staging = (size.slots, 0) if decode else (0, size.staging)
+        slots = size.slots if decode else 0
         kv = KvSpec(
             model="hashes",
             layers=LAYERS,
+            q_heads=Q_HEADS,
             kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             dtype="float32",
             block_size=block_size,
             chunk_tokens=CHUNK_TOKENS,
+            tensor_parallel=size.decode_ranks if decode else size.prefill_ranks,
         )
-        endpoint = fabric.open(
-            self.incarnation, staging_bytes=staging * SLOT_BYTES, landing_bytes=slots * SLOT_BYTES
-        )
+        memories = [
+            _memory(fabric, f"{self.incarnation}/{rank}", size, kv, rank, ledger.total, decode=decode)
+            for rank in range(kv.tensor_parallel)
+        ]
         self.hello = Hello(
             worker_id=worker_id,
             incarnation=self.incarnation,
             kv=kv,
             transport="loopback",
-            endpoint=endpoint.describe(),
+            endpoints=[memory.describe() for memory in memories],
+            capabilities=list(CAPABILITIES),
             slot_count=slots,
-            slot_bytes=SLOT_BYTES,
+            slot_bytes=[memory.slot_bytes for memory in memories],
         )
         self.role: DecodeRole | PrefillRole
         if decode:
@@ -249,18 +290,31 @@ class Worker:
             )
         else:
             self.role = PrefillRole(self.hello, ledger, size.limits, max_waiting=size.max_waiting)
-        self.pool = Pool(ledger.total, block_size)
+        self.pools = [
+            Pool(ledger.total, block_size, kv_heads(kv, rank), memory.storage)
+            for rank, memory in enumerate(memories)
+        ]
         self.reports: deque[MoverReport] = deque()
-        self.mover = SteppedMover(
-            endpoint,
-            self.pool.layers,
-            kv,
-            slot_bytes=SLOT_BYTES,
+        join = Join(
+            kv.tensor_parallel,
             on_report=self.reports.append,
             send_control=lambda peer, done: self._send(peer, done.epoch, done),
-            on_fatal=lambda error: None,
         )
-        self.mover.fabric = fabric
+        self.movers = [
+            SteppedMover(
+                memory,
+                self.pools[rank].layers,
+                kv,
+                rank=rank,
+                role="decode" if decode else "prefill",
+                on_report=partial(join.put, rank),
+                on_fatal=lambda error: None,
+                gather=size.gather,
+            )
+            for rank, memory in enumerate(memories)
+        ]
+        for mover in self.movers:
+            mover.fabric = fabric
         fabric.workers[self.incarnation] = self
         self.inbox: deque[ToEngine] = deque()
         self.said: list[StepOutput | RequestEnd] = []  # for the router
@@ -295,7 +349,8 @@ class Worker:
         """The other half: the step was computed."""
         plan, self.plan = self.plan, None
         assert plan is not None
-        self.role.commit(plan, self.pool.run(plan, self.role.scheduler.planned), now)
+        results = [pool.run(plan, self.role.scheduler.planned) for pool in self.pools]
+        self.role.commit(plan, results[0], now)
         self._carry_out()
 
     def _carry_out(self) -> None:
@@ -303,7 +358,8 @@ class Worker:
             if isinstance(action, ToPeer):
                 self._send(action.peer, action.epoch, action.message)
             elif isinstance(action, Connect | Disconnect | SendChunk | CopyOut | Probe):
-                self.mover.submit(action)
+                for mover in self.movers:
+                    mover.submit(action)
             elif not isinstance(action, PeerRefused):
                 self.said.append(action)
 
@@ -312,6 +368,22 @@ class Worker:
         stream = self.links.get(peer)
         if stream is not None and stream.epoch == epoch and not stream.cut:
             stream.end_of(stream.other(self)).queue.append(message)
+
+
+def _memory(
+    fabric: WatchedFabric, name: str, size: Size, kv: KvSpec, rank: int, blocks: int, *, decode: bool
+) -> TransferMemory:
+    sizes = Sizes.of(
+        kv,
+        rank,
+        role="decode" if decode else "prefill",
+        slots=size.slots,
+        gather=size.gather,
+        pool_bytes=pool_bytes(blocks, kv.block_size, kv_heads(kv, rank)),
+        buffers=size.staging,
+    )
+    endpoint = fabric.open(name, staging_bytes=sizes.staging_bytes, landing_bytes=sizes.landing_bytes)
+    return TransferMemory.over(endpoint, sizes)
 
 
 class Opening(Enum):

@@ -56,8 +56,12 @@ def sizes() -> st.SearchStrategy[Size]:
         decodes=st.integers(1, 2),
         prefills=st.integers(1, 2),
         decode_blocks=st.sampled_from((60, 12)),
+        decode_block_size=st.sampled_from((4, 4, 8)),
+        decode_ranks=st.sampled_from((1, 1, 2, 3, 4)),
         prefill_blocks=st.sampled_from((60, 12)),
         prefill_block_size=st.sampled_from((4, 3, 8)),
+        prefill_ranks=st.sampled_from((1, 1, 2, 3, 4)),
+        gather=st.sampled_from(("auto", "always", "never")),
         slots=st.integers(1, 4),
         staging=st.integers(2, 3),
         limits=st.sampled_from((Limits(32, 8), Limits(5, 2), Limits(9, 4))),
@@ -281,6 +285,9 @@ class RolesOverLoopback(RuleBasedStateMachine):
             if isinstance(worker.role, DecodeRole):
                 FACTS["preemptions"] += worker.role.scheduler.preemptions
                 FACTS["late_messages"] += worker.role.landing.leases.late_messages
+                if worker.hello.kv.tensor_parallel > 1:
+                    FACTS["verified_by_ranks"] += worker.role.counters["chunks_verified"]
+                    FACTS["refused_by_ranks"] += worker.role.counters["digest_refused"]
         FACTS.update(f"end_{answer.end.reason}" for answer in self.answers.values() if answer.end)
         FACTS.update({f"fault_{fault}": 1 for fault in cluster.fabric.seen})
 
@@ -345,6 +352,7 @@ COMMON = (
     *("end_stop", "end_length", "end_cancelled", "end_no_room"),
     *("prefilled_remote", "prefilled_mixed", "prefilled_local", "prefilled_cached"),
     *("handoffs_failed", "handoffs_expired", "aborted", "digest_refused", "slots_reclaimed", "late_messages"),
+    *("verified_by_ranks", "refused_by_ranks"),
     *("preemptions", "forks", "kill", "freeze", *(f"fault_{fault}" for fault in FAULTS)),
 )
 

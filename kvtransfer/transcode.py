@@ -23,19 +23,20 @@ def groups(tokens: int) -> int:
 def encode(values: torch.Tensor, wire_dtype: str, codes: torch.Tensor, scales: torch.Tensor) -> None:
     """Quantises values [heads, 2, tokens, dim] into codes (uint8, same shape) and scales [heads, 2, groups] (fp32).
 
-    A group with a value that is not finite decodes to values none of which is finite.
+    A group with a value that is not finite has no scale: all of it decodes to not-a-number.
     """
     heads, kv, tokens, dim = values.shape
     padded = F.pad(values.float(), (0, 0, 0, -tokens % SCALE_TOKENS))
     grouped = padded.view(heads, kv, -1, SCALE_TOKENS, dim)
-    scale = grouped.abs().amax(dim=(3, 4)) / LARGEST[wire_dtype]
+    largest = grouped.abs().amax(dim=(3, 4))
+    scale = torch.where(largest < torch.inf, largest / LARGEST[wire_dtype], torch.nan)
     scales.copy_(scale)
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scaled = (grouped / divisor[..., None, None]).view(heads, kv, -1, dim)[:, :, :tokens]
-    if wire_dtype == "int8":
-        codes.copy_(scaled.round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8))
-    else:
-        codes.copy_(scaled.clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+    usable = (scale > 0)[..., None, None]
+    scaled = torch.where(usable, grouped / torch.where(scale > 0, scale, 1.0)[..., None, None], 0.0)
+    limit = LARGEST[wire_dtype]
+    scaled = scaled.view(heads, kv, -1, dim)[:, :, :tokens].clamp_(-limit, limit)
+    coded = scaled.round_().to(torch.int8) if wire_dtype == "int8" else scaled.to(torch.float8_e4m3fn)
+    codes.copy_(coded.view(torch.uint8))
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, wire_dtype: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -124,7 +124,9 @@ class Peer:
 
     # ---- a mover ---------------------------------------------------------------------------------------------------
 
-    def open_mover(self, kind: str, pool: dict[str, Any], role: str, seed: int) -> Any:
+    def open_mover(
+        self, kind: str, pool: dict[str, Any], role: Literal["prefill", "decode"], seed: int
+    ) -> Any:
         """One rank, joined as in a worker; its incarnation is its role. Returns its hello."""
         import torch
 

@@ -582,7 +582,7 @@ def test_straight_from_the_pool_gives_the_same_bytes_and_digests(make_pair: Call
             pair = make_pair(gather=gather, prefill=prefill, decode={"head_dim": 256})
             dones.append(pair.send(chunk()))
             slots.append(pair.slot(0)[: dones[-1].size_bytes].copy())
-        assert dones[0] == dones[1] and np.array_equal(*slots)
+        assert dones[0] == dones[1] and np.array_equal(slots[0], slots[1])
 
 
 def written(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> list[Rows]:

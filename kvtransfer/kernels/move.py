@@ -7,7 +7,7 @@ group of SCALE_TOKENS tokens of one head of k or v of one layer, so that it sees
     piece  scales [head, layer, k/v, group] fp32 when quantised, then values [head, layer, k/v, token, dim]
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # (the kernels: their parameters have types only once they are launched)
 
 from __future__ import annotations

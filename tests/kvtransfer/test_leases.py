@@ -63,7 +63,7 @@ class LeaseMachine(RuleBasedStateMachine):
             lease.epoch + (wrong == "epoch"),
             lease.chunk + (wrong == "chunk"),
             8,
-            b"",
+            [],
         )
         record = self.book.landed("someone else" if wrong == "peer" else said.peer, done)
         if wrong or said.state != "granted":
@@ -126,7 +126,7 @@ def one_lease() -> tuple[LeaseBook, Lease, ChunkDone]:
     book = LeaseBook(SlotLedger(1))
     lease = book.grant(7, "peer", 1, 0, 1.0)
     assert lease is not None
-    return book, lease, ChunkDone(7, lease.lease_id, 1, 0, 8, b"")
+    return book, lease, ChunkDone(7, lease.lease_id, 1, 0, 8, [])
 
 
 def test_a_landed_lease_is_not_quarantined_when_its_handoff_is_given_up() -> None:

@@ -152,11 +152,17 @@ async def test_struck_ranks_are_replaced(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 async def test_a_struck_rank_is_replaced_under_ray(tmp_path: Path) -> None:
-    """Each rank is an actor there; the death of one ends and restarts them all."""
+    """Each rank is an actor there; the death of one ends and restarts them all.
+
+    The prefill ranks meet as they would on several nodes: over TCP, summing with torch.distributed.
+    """
     settings = {
+        "prefill__tensor_parallel": 2,
+        "prefill__placement": "spread",
         "decode__tensor_parallel": 2,
         "router__policy": "always-remote",
         "cluster__restart_backoff_s": 0.1,
     }
     async with deployed(tmp_path, **settings) as deployment:
         await _survives(deployment, "decode-0", 1, signal.SIGKILL)
+        await _survives(deployment, "prefill-0", 1, signal.SIGKILL)

@@ -193,7 +193,7 @@ def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_the_default_place_is_closed_to_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(rank_link.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     path = default_rendezvous("an-incarnation")
     assert Path(path).parent.stat().st_mode & 0o077 == 0
     assert default_rendezvous("an-incarnation") == path

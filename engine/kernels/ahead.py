@@ -1,8 +1,8 @@
 """Compiles launches for GPUs that are not there, and reads what the compiler made of them.
 
 Called by scripts/compile_kernels.py and the tests. Arguments are specialised as Triton's own launcher does it, so that
-the code is that which a GPU would run; the tensors of a launch may live anywhere, also on the "meta" device. Says nothing
-about results or speed. Must run in a process without TRITON_INTERPRET.
+the code is that which a GPU would run; the tensors of a launch may live anywhere, also on the "meta" device. Says
+nothing about results or speed. Must run in a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -73,6 +73,12 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         matrix_unit=next((unit for unit in ("tcgen05.mma", "wgmma", "mma.sync") if unit in ptx), "-"),
         compile_s=compile_s,
     )
+
+
+def identity(launch: Launch) -> str:
+    """Equal for launches that are compiled to the same code."""
+    kinds = {name: _kind(value) for name, value in launch.arguments.items()}
+    return repr((launch.kernel.fn.__name__, sorted(kinds.items()), sorted(launch.constants.items())))
 
 
 def _source(launch: Launch) -> tuple[Any, dict[str, Any]]:

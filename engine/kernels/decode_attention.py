@@ -1,12 +1,12 @@
 """Attention of decode rows (one query each) over the paged cache, with long contexts cut into splits.
 
-A split is SPLIT consecutive positions, cut at multiples of SPLIT, whoever else is in the batch: so a row's result is the
-same to the last bit in any company. A fixed number of programs walks the units (part, kv head), a part being one split
-of one row; so one captured CUDA graph serves all lengths. A second kernel merges the parts of each row in order.
+A split is SPLIT consecutive positions, cut at multiples of SPLIT, whoever else is in the batch: so a row's result is
+the same to the last bit in any company. A fixed number of programs walks the units (part, kv head), a part being one
+split of one row; so one captured CUDA graph serves all lengths. A second kernel merges each row's parts in order.
 
     row 0, 600 tokens   |  split 0  |  split 1  | sp.2 |        parts 0 1 2     firsts [0, 3, 4, 6]
     row 1,  40 tokens   |s|                                     part  3         rows   [0 0 0 1 2 2]
-    row 2, window 300   . . . . [ split 1 | split 2 |           parts 4 5       programs p, p+P, p+2P, .. of parts x heads
+    row 2, window 300   . . . . [ split 1 | split 2 |           parts 4 5       program p: units p, p+P, p+2P, ..
 
 Slots that a row never wrote, or that are older than its window, are not loaded: they may hold NaN. Table entries beyond
 a row's length are not read. A row of length 0 (padding of a graph's batch) has no parts and gets zeros.
@@ -44,18 +44,18 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Partials:
-    """What the parts came to: sums [capacity, q_heads, dim] of weighted values, and each one's maximal score (before
-    the scale) and sum of weights, [capacity, q_heads]. All fp32."""
+    """What the parts came to: sums [capacity, q_heads, dim] of weighted values, and for each the level that its weights
+    are relative to (its highest score, scaled, in powers of two) and their sum, [capacity, q_heads]. All fp32."""
 
     values: torch.Tensor
-    maxima: torch.Tensor
+    levels: torch.Tensor
     weights: torch.Tensor
 
     @classmethod
     def empty(cls, capacity: int, q_heads: int, dim: int, device: torch.device | str) -> Partials:
         values = torch.empty(capacity, q_heads, dim, dtype=torch.float32, device=device)
-        maxima = torch.empty(capacity, q_heads, dtype=torch.float32, device=device)
-        return cls(values, maxima, torch.empty_like(maxima))
+        levels = torch.empty(capacity, q_heads, dtype=torch.float32, device=device)
+        return cls(values, levels, torch.empty_like(levels))
 
 
 def parts_of(lengths: Int32Array, window: int = 0) -> tuple[Int32Array, Int32Array]:
@@ -87,9 +87,9 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of q [rows, q_heads, dim] over one layer's cache [2, blocks, block_size, kv_heads, dim], into `out`.
 
-    tables int32 [rows, width], lengths int32 [rows]: row r attends to its positions 0 .. lengths[r]-1, of which the last
-    is its own, or to the last `window` of them (0: all). `parts` must be that of the same lengths and window. `scale`
-    is dim ** -0.5 by default. `programs` run at once; the result does not depend on it.
+    tables int32 [rows, width], lengths int32 [rows]: row r attends to its positions 0 .. lengths[r]-1, of which the
+    last is its own, or to the last `window` of them (0: all). `parts` must be that of the same lengths and window.
+    `scale` is dim ** -0.5 by default. `programs` are launched; the result does not depend on how many.
     """
     split, merge = decode_launches(
         q,
@@ -154,7 +154,9 @@ def decode_launches(
     check(cache.shape[4] == dim, f"queries of {dim} against a cache of {cache.shape[4]}")
     check(q_heads % kv_heads == 0, f"{q_heads} query heads over {kv_heads} kv heads")
     check(len(parts.firsts) == rows + 1, f"{rows} rows, parts of {len(parts.firsts) - 1}")
-    check(len(parts.rows) <= len(partials.values), f"{len(parts.rows)} parts, room for {len(partials.values)}")
+    check(
+        len(parts.rows) <= len(partials.values), f"{len(parts.rows)} parts, room for {len(partials.values)}"
+    )
     check_contiguous(q=q, cache=cache, tables=tables, out=out)
     scale2 = (dim**-0.5 if scale is None else scale) * LOG2_E
     shape = {"HEADS": q_heads, "DIM": dim, "DIM_PADDED": power_of_two(dim)}
@@ -171,7 +173,7 @@ def decode_launches(
             "part_rows": parts.rows,
             "part_firsts": parts.firsts,
             "part_values": partials.values,
-            "part_maxima": partials.maxima,
+            "part_levels": partials.levels,
             "part_weights": partials.weights,
             "rows": rows,
             "window": window or NO_WINDOW,
@@ -197,11 +199,10 @@ def decode_launches(
         (rows, q_heads),
         {
             "part_values": partials.values,
-            "part_maxima": partials.maxima,
+            "part_levels": partials.levels,
             "part_weights": partials.weights,
             "part_firsts": parts.firsts,
             "out": out,
-            "scale2": scale2,
             "out_row": out.stride(0),
             "out_head": out.stride(1),
         },
@@ -226,7 +227,7 @@ def _attend_splits(
     part_rows,
     part_firsts,
     part_values,
-    part_maxima,
+    part_levels,
     part_weights,
     rows,
     window,
@@ -264,7 +265,7 @@ def _attend_splits(
         query = tl.load(
             q + row.to(tl.int64) * q_row + (kv * GROUP + heads)[:, None] * q_head + dims[None, :], own, 0.0
         )
-        maximum = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+        level = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
         weight = tl.zeros([GROUP_PADDED], tl.float32)
         value = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
         for first in range(begin, end, TILE):
@@ -277,27 +278,26 @@ def _attend_splits(
             v = tl.load(values + places[:, None] + dims[None, :], loaded, 0.0)
             scores = tl.dot(query, tl.trans(k), input_precision="ieee")
             scores = tl.where(seen[None, :], scores, float("-inf"))
-            # Each tile has a position that is seen, so the new maximum is finite.
-            grown = tl.maximum(maximum, tl.max(scores, 1))
-            decay = tl.exp2((maximum - grown) * scale2)
-            weights = tl.exp2((scores - grown[:, None]) * scale2)
+            # Each tile has a position that is seen, so the new level is finite.
+            raised = tl.maximum(level, tl.max(scores, 1) * scale2)
+            decay = tl.exp2(level - raised)
+            weights = tl.exp2(tl.fma(scores, scale2, -raised[:, None]))
             weight = weight * decay + tl.sum(weights, 1)
             value = tl.dot(weights.to(v.dtype), v, value * decay[:, None], input_precision="ieee")
-            maximum = grown
+            level = raised
         places = part.to(tl.int64) * HEADS + kv * GROUP + heads
         tl.store(part_values + places[:, None] * DIM + dims[None, :], value, own)
-        tl.store(part_maxima + places, maximum, heads < GROUP)
+        tl.store(part_levels + places, level, heads < GROUP)
         tl.store(part_weights + places, weight, heads < GROUP)
 
 
 @triton.jit
 def _merge_parts(
     part_values,
-    part_maxima,
+    part_levels,
     part_weights,
     part_firsts,
     out,
-    scale2,
     out_row,
     out_head,
     HEADS: tl.constexpr,
@@ -309,23 +309,23 @@ def _merge_parts(
     head = tl.program_id(1)
     dims = tl.arange(0, DIM_PADDED)
     last = tl.load(part_firsts + row + 1)
-    maximum = float("-inf")
+    level = float("-inf")
     weight = 0.0
     value = tl.zeros([DIM_PADDED], tl.float32)
     for first in range(tl.load(part_firsts + row), last, PARTS):
         parts = first + tl.arange(0, PARTS)
         known = parts < last
         places = parts.to(tl.int64) * HEADS + head
-        maxima = tl.load(part_maxima + places, known, float("-inf"))
+        levels = tl.load(part_levels + places, known, float("-inf"))
         weights = tl.load(part_weights + places, known, 0.0)
         mask = known[:, None] & (dims < DIM)[None, :]
         values = tl.load(part_values + places[:, None] * DIM + dims[None, :], mask, 0.0)
-        grown = tl.maximum(maximum, tl.max(maxima, 0))
-        decay = tl.exp2((maximum - grown) * scale2)
-        shares = tl.exp2((maxima - grown) * scale2)
+        raised = tl.maximum(level, tl.max(levels, 0))
+        decay = tl.exp2(level - raised)
+        shares = tl.exp2(levels - raised)
         weight = weight * decay + tl.sum(weights * shares, 0)
         value = value * decay + tl.sum(values * shares[:, None], 0)
-        maximum = grown
+        level = raised
     merged = tl.where(weight > 0, value / tl.where(weight > 0, weight, 1.0), 0.0)
     place = out + row.to(tl.int64) * out_row + head * out_head
     tl.store(place + dims, merged.to(out.dtype.element_ty), dims < DIM)

@@ -45,4 +45,6 @@ def check(condition: bool, message: str) -> None:
 def check_contiguous(**tensors: torch.Tensor) -> None:
     """ValueError that names the tensor whose last dimension is not contiguous."""
     for name, tensor in tensors.items():
-        check(tensor.stride(-1) == 1, f"{name}: stride {tensor.stride()}, its last dimension must be contiguous")
+        check(
+            tensor.stride(-1) == 1, f"{name}: stride {tensor.stride()}, its last dimension must be contiguous"
+        )

@@ -213,7 +213,7 @@ def _attend_tiles(
     tokens = (token + query).to(tl.int64)
     queries = tl.load(q + tokens[:, None] * q_token + head[:, None] * q_head + dims[None, :], mask, 0.0)
 
-    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    level = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     value = tl.zeros([ROWS, DIM_PADDED], tl.float32)
     table = tables + span * table_row
@@ -226,14 +226,14 @@ def _attend_tiles(
         # Every query sees these tiles to their last position.
         whole = (start + place + 1) // TILE * TILE
         for first in range(0, whole, TILE):
-            maximum, weight, value = _attend(
+            level, weight, value = _attend(
                 queries, keys, values, table, first, end, asked, window, scale2, kv_block, kv_slot,
-                maximum, weight, value, DIM, DIM_PADDED, BLOCK_SIZE, TILE, False,
+                level, weight, value, DIM, DIM_PADDED, BLOCK_SIZE, TILE, False,
             )  # fmt: skip
     for first in range(whole, end, TILE):
-        maximum, weight, value = _attend(
+        level, weight, value = _attend(
             queries, keys, values, table, first, end, asked, window, scale2, kv_block, kv_slot,
-            maximum, weight, value, DIM, DIM_PADDED, BLOCK_SIZE, TILE, True,
+            level, weight, value, DIM, DIM_PADDED, BLOCK_SIZE, TILE, True,
         )  # fmt: skip
     value = value / tl.where(weight > 0, weight, 1.0)[:, None]
     places = tokens[:, None] * out_token + head[:, None] * out_head + dims[None, :]
@@ -243,10 +243,13 @@ def _attend_tiles(
 @triton.jit
 def _attend(
     queries, keys, values, table, first, end, asked, window, scale2, kv_block, kv_slot,
-    maximum, weight, value,
+    level, weight, value,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys. The arithmetic is the same with and without masks, to the last bit: hence the explicit fma."""
+    """One tile of keys. `level` is the highest score so far times the scale, rounded: what weights are relative to.
+
+    The arithmetic is the same with and without masks, to the last bit: hence the explicit fma.
+    """
     dims = tl.arange(0, DIM_PADDED)
     positions = first + tl.arange(0, TILE)
     if MASKED:
@@ -268,11 +271,11 @@ def _attend(
     if MASKED:
         seen = (positions[None, :] <= asked[:, None]) & (positions[None, :] > asked[:, None] - window)
         scores = tl.where(seen & known[None, :], scores, float("-inf"))
-    grown = tl.maximum(maximum, tl.max(scores, 1))
-    # A query whose window has not begun yet has seen nothing: its maximum is still -inf.
-    level = tl.where(grown == float("-inf"), 0.0, grown) * scale2
-    decay = tl.exp2(tl.fma(maximum, scale2, -level))
-    weights = tl.exp2(tl.fma(scores, scale2, -level[:, None]))
+    raised = tl.maximum(level, tl.max(scores, 1) * scale2)
+    # A query whose window has not begun yet has seen nothing: its level is still -inf.
+    base = tl.where(raised == float("-inf"), 0.0, raised)
+    decay = tl.exp2(level - base)  # exactly 1 where nothing higher was seen
+    weights = tl.exp2(tl.fma(scores, scale2, -base[:, None]))
     weight = tl.fma(weight, decay, tl.sum(weights, 1))
     value = tl.dot(weights.to(v.dtype), v, value * decay[:, None], input_precision="ieee")
-    return grown, weight, value
+    return raised, weight, value

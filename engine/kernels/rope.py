@@ -159,7 +159,9 @@ def _rotate_and_write(
         q_high = tl.load(q_norm + HALF + pairs, known, 0.0).to(tl.float32)[None, :]
         k_high = tl.load(k_norm + HALF + pairs, known, 0.0).to(tl.float32)[None, :]
         low = ((low * scale).to(kind).to(tl.float32) * tl.where(query, q_low, k_low)).to(kind).to(tl.float32)
-        high = ((high * scale).to(kind).to(tl.float32) * tl.where(query, q_high, k_high)).to(kind).to(tl.float32)
+        high = (
+            ((high * scale).to(kind).to(tl.float32) * tl.where(query, q_high, k_high)).to(kind).to(tl.float32)
+        )
     row = angles + tl.load(positions + token).to(tl.int64) * (2 * HALF)
     cos = tl.load(row + pairs, pairs < HALF, 0.0).to(tl.float32)[None, :]
     sin = tl.load(row + HALF + pairs, pairs < HALF, 0.0).to(tl.float32)[None, :]

@@ -1,18 +1,18 @@
-"""Draws one token for each row of logits on the GPU, the very token that engine.sampler draws; nothing comes to the host.
+"""Draws one token for each row of logits on the GPU, the very token that engine.sampler draws; it stays there.
 
 The draw is argmax(log p + Gumbel noise) over what top-k, top-p and min-p leave, and no vocabulary is sorted for it. The
 noisy argmax over more than top-p leaves is a proposal: when the mass before it (in the order of logits) is below top-p,
 it is in the set, and so the set's argmax. Otherwise neither is anything behind it, and the next proposal is the argmax
-over what stands before it. Mostly the first is right; each round that fails halves what is left, or better. (The idea of
-rejecting by rising pivots is FlashInfer's, arXiv 2501.01005.) top-k needs its exact set: bisection over the logits'
-bits, which only counts.
+over what stands before it. Mostly the first is right; a round that fails leaves about half of what was left. (Rejecting
+by rising pivots is FlashInfer's idea, arXiv 2501.01005.) top-k needs its exact set: bisection over the logits' bits,
+which only counts.
 
     scan     rows x parts   the largest logit of each part of the vocabulary
     propose  rows x parts   its noisy argmax and its mass, for rows without top-k
     settle   rows           the parts together; top-k, top-p where asked; the token
 
-In fp64, as in engine.sampler. Parts are cut at multiples of a constant and added in order: a row draws the same token in
-any company. NaN logits draw some token.
+In fp64, as in engine.sampler. Parts are cut at multiples of a constant and added in order: a row draws the same token
+in any company. NaN logits draw some token.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Draws:
         # More than any vocabulary is as good as off, and fits.
         top_k = np.array([min(p.top_k, 1 << 30) for p in params], dtype=np.int32)
         streams = signed_words([noise_stream(p.seed, p.choice) for p in params])
-        return cls(*columns.unbind(0), torch.from_numpy(top_k).to(device), torch.from_numpy(streams).to(device))
+        return cls(
+            *columns.unbind(0), torch.from_numpy(top_k).to(device), torch.from_numpy(streams).to(device)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,9 @@ def sample_reference(
     top_p = draws.top_p.unsqueeze(1)
     dropped = (top_p < 1) & (before >= top_p * weights.sum(-1, keepdim=True)) & (place > 0)
     dropped |= (place >= top_k) | (values < draws.log_min_p.unsqueeze(1))
-    words = [stream + position for stream, position in zip(draws.streams.tolist(), positions.tolist(), strict=True)]
+    words = [
+        stream + position for stream, position in zip(draws.streams.tolist(), positions.tolist(), strict=True)
+    ]
     keys = torch.from_numpy(signed_words([noise_stream(word) for word in words])).to(ids.device)
     noisy = (values + gumbel(keys.unsqueeze(1), ids)).masked_fill_(dropped, -torch.inf)
     drawn = ids.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(1)

@@ -40,7 +40,9 @@ CASES = (
     Case("Llama-3.1-8B", 4096, 32, 8, 128, 14336, 128256),
     Case("Qwen3-8B", 4096, 32, 8, 128, 12288, 151936, qk_norm=True, block_size=32),
     Case("Qwen3-14B", 5120, 40, 8, 128, 17408, 151936, qk_norm=True),  # a group of 5
-    Case("Qwen2.5-0.5B fp16", 896, 14, 2, 64, 4864, 151936, torch.float16),  # a group of 7, a hidden size of 7 * 128
+    Case(
+        "Qwen2.5-0.5B fp16", 896, 14, 2, 64, 4864, 151936, torch.float16
+    ),  # a group of 7, a hidden size of 7 * 128
     Case("Mistral-7B window", 4096, 32, 8, 128, 14336, 32000, window=4096, block_size=64),
     Case("dim 96", 3072, 32, 32, 96, 8192, 32064),
     Case("dim 256", 3072, 16, 16, 256, 24576, 256000),

@@ -1,7 +1,8 @@
-"""Mends Triton's interpreter (TRITON_INTERPRET=1) where it computes bfloat16 otherwise than a GPU does.
+"""Mends Triton's interpreter (TRITON_INTERPRET=1) where it computes otherwise than a GPU does.
 
 It keeps bf16 as raw uint16: `tl.dot` multiplies the bits, and a cast from fp32 cuts them off instead of rounding to the
-nearest. Seen in Triton 3.6 to 3.9. With this the kernels round as hardware does, so that tests may compare bits.
+nearest. The BLAS behind its `tl.dot` may add a row's products in another order in another place of a matrix. Before
+Triton 3.9 its fma rounds twice. With this the kernels round as hardware does, so that tests may compare bits.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ def mend() -> None:
     if getattr(builder, "_baton_mended", False):
         return
     builder._baton_mended = True
-    dot, cast, convert = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
+    cast, convert = builder.cast_impl, builder.create_fp_to_fp
 
-    def widened(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return interpreter.TensorHandle(_widened(handle.data), tl.float32)
+    def factor(handle: Any) -> npt.NDArray[np.float32]:
+        data = _widened(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
+        return np.ascontiguousarray(data, np.float32)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        return dot(self, widened(a), widened(b), d, *rest)
+        product = np.einsum("ij,jk->ik", factor(a), factor(b))  # no BLAS: each element by the same loop
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        wide = [handle.data.astype(np.float64) for handle in (x, y, z)]  # products of fp32 are exact in fp64
+        return interpreter.TensorHandle((wide[0] * wide[1] + wide[2]).astype(z.data.dtype), z.dtype.scalar)
 
     def mended_cast(original: Any) -> Any:
         def cast_impl(self: Any, source: Any, target: Any, *rest: Any) -> Any:
@@ -43,6 +48,7 @@ def mend() -> None:
         return cast_impl
 
     builder.create_dot = create_dot
+    builder.create_fma = create_fma
     builder.cast_impl = mended_cast(cast)
     builder.create_fp_to_fp = mended_cast(convert)
 

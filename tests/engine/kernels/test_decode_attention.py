@@ -53,7 +53,7 @@ class Batch:
         padded[: len(rows)] = rows
         self.parts = Parts(torch.from_numpy(padded).to(device), torch.from_numpy(firsts).to(device))
         self.partials = Partials.empty(len(padded), heads[0], dim, device)
-        for partial in (self.partials.values, self.partials.maxima, self.partials.weights):
+        for partial in (self.partials.values, self.partials.levels, self.partials.weights):
             partial.fill_(torch.nan)
 
     def run(self, programs: int = 3, reference: bool = False) -> torch.Tensor:
@@ -90,9 +90,7 @@ def test_the_reference_is_the_definition(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("block_size", [8, 16, 64, 5])
-def test_lengths_around_blocks_and_splits(
-    dtype: torch.dtype, block_size: int, device: torch.device
-) -> None:
+def test_lengths_around_blocks_and_splits(dtype: torch.dtype, block_size: int, device: torch.device) -> None:
     lengths = [1, block_size, block_size + 1, 0, 2 * block_size - 1, 255 + block_size % 3]
     Batch(lengths, device, block_size=block_size, dtype=dtype, heads=(2, 1)).check()
 
@@ -154,7 +152,9 @@ def test_padding_rows_give_zeros_and_no_rows_are_no_launch(device: torch.device)
 def test_parts_cover_each_position_once() -> None:
     rng = random.Random(3)
     for _ in range(200):
-        lengths = np.array([rng.choice([0, 1, 255, 256, 257, rng.randrange(3000)]) for _ in range(7)], np.int32)
+        lengths = np.array(
+            [rng.choice([0, 1, 255, 256, 257, rng.randrange(3000)]) for _ in range(7)], np.int32
+        )
         window = rng.choice([0, 1, 100, 256, 700])
         rows, firsts = parts_of(lengths, window)
         assert firsts[-1] == len(rows) <= capacity_of(len(lengths), int(lengths.sum()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -66,7 +67,9 @@ def test_the_reference_is_sdpa(device: torch.device) -> None:
     out = batch.run(reference=True)
     for span, (start, count) in enumerate([(0, 9), (20, 5)]):
         blocks = batch.tables[span, : -(-(start + count) // 4)].long()
-        k, v = batch.cache[:, blocks].flatten(1, 2)[:, : start + count].transpose(1, 2).repeat_interleave(2, 1)
+        k, v = (
+            batch.cache[:, blocks].flatten(1, 2)[:, : start + count].transpose(1, 2).repeat_interleave(2, 1)
+        )
         mask = torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start)
         first = 9 * span
         q = batch.q[first : first + count].transpose(0, 1)
@@ -77,7 +80,14 @@ def test_the_reference_is_sdpa(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("block_size", [8, 16, 64, 5])
 def test_prompts_chunks_and_single_tokens(dtype: torch.dtype, block_size: int, device: torch.device) -> None:
-    spans = [(0, 1), (0, block_size), (block_size, block_size + 1), (3, 70), (2 * block_size - 1, 1), (130, 9)]
+    spans = [
+        (0, 1),
+        (0, block_size),
+        (block_size, block_size + 1),
+        (3, 70),
+        (2 * block_size - 1, 1),
+        (130, 9),
+    ]
     Batch(spans, device, block_size=block_size, dtype=dtype).check()
 
 
@@ -110,7 +120,7 @@ def test_a_query_is_the_same_to_the_last_bit_however_its_prompt_is_cut(
     expected = whole.run()
     for cuts in ([64, 128], [1, 2, 77], [149], [50]):
         edges = [0, *cuts, total]
-        spans = [(first, last - first) for first, last in zip(edges, edges[1:], strict=False)]
+        spans = [(first, last - first) for first, last in itertools.pairwise(edges)]
         cut = Batch(spans, device, heads=(3, 1), dtype=dtype)
         cut.window, cut.cache, cut.q = window, whole.cache, whole.q
         cut.tables = whole.tables.expand(len(spans), -1)

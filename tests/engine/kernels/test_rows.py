@@ -23,7 +23,9 @@ def assert_rounds_alike(got: torch.Tensor, expected: torch.Tensor) -> None:
     if got.dtype == torch.float32:
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-6)
         return
-    torch.testing.assert_close(got, expected, atol=2 * torch.finfo(got.dtype).eps, rtol=torch.finfo(got.dtype).eps)
+    torch.testing.assert_close(
+        got, expected, atol=2 * torch.finfo(got.dtype).eps, rtol=torch.finfo(got.dtype).eps
+    )
     assert (got != expected).float().mean() < 0.01
 
 
@@ -31,7 +33,9 @@ def assert_rounds_alike(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("hidden", [1, 96, 128, 1000, 4096])
 @pytest.mark.parametrize("added", [False, True])
 def test_norms(dtype: torch.dtype, hidden: int, added: bool, device: torch.device) -> None:
-    x, residual = (noise(5, hidden + 24, dtype=dtype, device=device, seed=s)[:, 8 : hidden + 8] for s in (1, 2))
+    x, residual = (
+        noise(5, hidden + 24, dtype=dtype, device=device, seed=s)[:, 8 : hidden + 8] for s in (1, 2)
+    )
     weight = noise(hidden, dtype=dtype, device=device, seed=3)
     ours, theirs = residual.clone(), residual.clone()
     got = rms_norm(x, weight, 1e-5, torch.empty_like(x), ours if added else None)
@@ -49,7 +53,9 @@ def test_a_norm_may_overwrite_its_input(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 2, 32), (9, 3, 64), (2, 1, 96), (1, 1, 2), (14, 2, 128)])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "dim"), [(4, 2, 32), (9, 3, 64), (2, 1, 96), (1, 1, 2), (14, 2, 128)]
+)
 def test_rotation_and_write(
     dtype: torch.dtype, normed: bool, q_heads: int, kv_heads: int, dim: int, device: torch.device
 ) -> None:

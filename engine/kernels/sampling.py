@@ -63,7 +63,11 @@ class Draws:
         top_k = np.array([min(p.top_k, 1 << 30) for p in params], dtype=np.int32)
         streams = signed_words([noise_stream(p.seed, p.choice) for p in params])
         return cls(
-            *columns.unbind(0), torch.from_numpy(top_k).to(device), torch.from_numpy(streams).to(device)
+            columns[0],
+            columns[1],
+            columns[2],
+            torch.from_numpy(top_k).to(device),
+            torch.from_numpy(streams).to(device),
         )
 
 

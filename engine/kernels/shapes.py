@@ -84,7 +84,7 @@ def launches(case: Case, rows: int = 64, tokens: int = 2048) -> Iterator[Launch]
     yield norm_launch(x, empty(case.hidden), 1e-5, empty(tokens, case.hidden), empty(tokens, case.hidden))
     yield silu_launch(empty(tokens, 2 * case.intermediate), empty(tokens, case.intermediate))
     fp64 = empty(3, rows, dtype=torch.float64)
-    draws = Draws(*fp64.unbind(0), empty(rows, dtype=int32), empty(rows, dtype=torch.int64))
+    draws = Draws(fp64[0], fp64[1], fp64[2], empty(rows, dtype=int32), empty(rows, dtype=torch.int64))
     scratch = Scratch.empty(rows, case.vocab, "meta")
     yield from sample_launches(
         empty(rows, case.vocab), draws, positions[:rows], scratch, empty(rows, dtype=torch.int64)

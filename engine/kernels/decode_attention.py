@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import LOG2_E, NO_WINDOW, Launch, check, check_contiguous, power_of_two
+from engine.kernels.launch import LOG2_E, NO_WINDOW, Launch, Tables, check, check_contiguous, power_of_two
 
 SPLIT = 256  # positions; part of the result's bits, so a constant
 _MERGED = 16  # parts that the merge loads at once; likewise
@@ -75,7 +75,7 @@ def capacity_of(rows: int, tokens: int) -> int:
 def decode_attention(
     q: torch.Tensor,
     cache: torch.Tensor,
-    tables: torch.Tensor,
+    tables: Tables,
     lengths: torch.Tensor,
     parts: Parts,
     partials: Partials,
@@ -87,8 +87,8 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of q [rows, q_heads, dim] over one layer's cache [2, blocks, block_size, kv_heads, dim], into `out`.
 
-    tables int32 [rows, width], lengths int32 [rows]: row r attends to its positions 0 .. lengths[r]-1, of which the
-    last is its own, or to the last `window` of them (0: all). `parts` must be that of the same lengths and window.
+    lengths int32 [rows]: row r attends to its positions 0 .. lengths[r]-1, of which the last is its own, or to the last
+    `window` of them (0: all). `parts` must be that of the same lengths and window.
     `scale` is dim ** -0.5 by default. `programs` are launched; the result does not depend on how many.
     """
     split, merge = decode_launches(
@@ -111,7 +111,7 @@ def decode_attention(
 def decode_attention_reference(
     q: torch.Tensor,
     cache: torch.Tensor,
-    tables: torch.Tensor,
+    tables: Tables,
     lengths: torch.Tensor,
     parts: Parts,
     partials: Partials,
@@ -126,7 +126,7 @@ def decode_attention_reference(
     for row, length in enumerate(lengths.tolist()):
         first = max(0, length - window) if window else 0
         positions = torch.arange(first, length, device=q.device)
-        blocks = tables[row, positions // block_size].long()
+        blocks = tables.blocks[tables.starts[row] + positions // block_size].long()
         seen = cache[:, blocks, positions % block_size].double()  # [2, positions, kv_heads, dim]
         queries = q[row].double().view(kv_heads, -1, dim)
         scores = torch.einsum("kgd,pkd->kgp", queries, seen[0]) * (dim**-0.5 if scale is None else scale)
@@ -138,7 +138,7 @@ def decode_attention_reference(
 def decode_launches(
     q: torch.Tensor,
     cache: torch.Tensor,
-    tables: torch.Tensor,
+    tables: Tables,
     lengths: torch.Tensor,
     parts: Parts,
     partials: Partials,
@@ -157,7 +157,7 @@ def decode_launches(
     check(
         len(parts.rows) <= len(partials.values), f"{len(parts.rows)} parts, room for {len(partials.values)}"
     )
-    check_contiguous(q=q, cache=cache, tables=tables, out=out)
+    check_contiguous(q=q, cache=cache, blocks=tables.blocks, out=out)
     scale2 = (dim**-0.5 if scale is None else scale) * LOG2_E
     shape = {"HEADS": q_heads, "DIM": dim, "DIM_PADDED": power_of_two(dim)}
     group = q_heads // kv_heads
@@ -168,7 +168,8 @@ def decode_launches(
             "q": q,
             "keys": cache[0],
             "values": cache[1],
-            "tables": tables,
+            "tables": tables.blocks,
+            "table_starts": tables.starts,
             "lengths": lengths,
             "part_rows": parts.rows,
             "part_firsts": parts.firsts,
@@ -183,7 +184,6 @@ def decode_launches(
             "kv_block": cache.stride(1),
             "kv_slot": cache.stride(2),
             "kv_head": cache.stride(3),
-            "table_row": tables.stride(0),
         },
         {
             **shape,
@@ -223,6 +223,7 @@ def _attend_splits(
     keys,
     values,
     tables,
+    table_starts,
     lengths,
     part_rows,
     part_firsts,
@@ -237,7 +238,6 @@ def _attend_splits(
     kv_block,
     kv_slot,
     kv_head,
-    table_row,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
@@ -258,6 +258,7 @@ def _attend_splits(
         kv = unit % KV_HEADS
         row = tl.load(part_rows + part)
         length = tl.load(lengths + row)
+        table = tables + tl.load(table_starts + row)
         oldest = tl.maximum(length - window, 0)
         begin = (oldest // SPLIT + part - tl.load(part_firsts + row)) * SPLIT
         end = tl.minimum(begin + SPLIT, length)
@@ -271,7 +272,7 @@ def _attend_splits(
         for first in range(begin, end, TILE):
             positions = first + offsets
             seen = (positions >= oldest) & (positions < end)
-            block = tl.load(tables + row * table_row + positions // BLOCK_SIZE, seen, 0).to(tl.int64)
+            block = tl.load(table + positions // BLOCK_SIZE, seen, 0).to(tl.int64)
             places = block * kv_block + (positions % BLOCK_SIZE) * kv_slot + kv * kv_head
             loaded = seen[:, None] & (dims < DIM)[None, :]
             k = tl.load(keys + places[:, None] + dims[None, :], loaded, 0.0)

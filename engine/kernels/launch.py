@@ -18,6 +18,15 @@ LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True)
+class Tables:
+    """The block tables of some sequences, one behind the other: `blocks` int32 [all of them], and where each begins in
+    it, `starts` int32 [rows]. So a step copies no more than is used, to an address that stays."""
+
+    blocks: torch.Tensor
+    starts: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """`kernel` over `grid`; `arguments` by name, compile-time constants and options (num_warps) among `constants`."""
 

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import LOG2_E, NO_WINDOW, Launch, check, check_contiguous, power_of_two
+from engine.kernels.launch import LOG2_E, NO_WINDOW, Launch, Tables, check, check_contiguous, power_of_two
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -60,7 +60,7 @@ def tiles_of(starts: Int32Array, counts: Int32Array, queries: int) -> Int32Array
 def prefill_attention(
     q: torch.Tensor,
     cache: torch.Tensor,
-    tables: torch.Tensor,
+    tables: Tables,
     spans: Spans,
     out: torch.Tensor,
     *,
@@ -69,7 +69,7 @@ def prefill_attention(
 ) -> torch.Tensor:
     """Attention of q [tokens, q_heads, dim] over one layer's cache [2, blocks, block_size, kv_heads, dim], into `out`.
 
-    tables int32 [spans, width]. The query at position p sees positions 0 .. p of its sequence, or the last `window` of
+    The query at position p sees positions 0 .. p of its sequence, or the last `window` of
     them (0: all). `spans.tiles` must be cut by `tile_queries`. Tokens outside all spans are left as they are in `out`.
     """
     prefill_launch(q, cache, tables, spans, out, window=window, scale=scale)()
@@ -79,7 +79,7 @@ def prefill_attention(
 def prefill_attention_reference(
     q: torch.Tensor,
     cache: torch.Tensor,
-    tables: torch.Tensor,
+    tables: Tables,
     spans: Spans,
     out: torch.Tensor,
     *,
@@ -94,7 +94,8 @@ def prefill_attention_reference(
         positions = torch.arange(start + part.stop - part.start, device=q.device)
         asked = positions[start:].unsqueeze(1)
         hidden = (positions > asked) | (positions <= asked - (window or NO_WINDOW))
-        seen = cache[:, tables[span, positions // block_size].long(), positions % block_size].double()
+        blocks = tables.blocks[tables.starts[span] + positions // block_size].long()
+        seen = cache[:, blocks, positions % block_size].double()
         seen.masked_fill_(hidden.all(0)[None, :, None, None], 0)  # what nobody sees may be NaN
         queries = q[part].double().unflatten(1, (kv_heads, -1))
         scores = torch.einsum("qkgd,pkd->kgqp", queries, seen[0]) * (dim**-0.5 if scale is None else scale)
@@ -106,7 +107,7 @@ def prefill_attention_reference(
 def prefill_launch(
     q: torch.Tensor,
     cache: torch.Tensor,
-    tables: torch.Tensor,
+    tables: Tables,
     spans: Spans,
     out: torch.Tensor,
     *,
@@ -122,7 +123,7 @@ def prefill_launch(
     check(q_heads % kv_heads == 0, f"{q_heads} query heads over {kv_heads} kv heads")
     check(group <= tiling["ROWS"], f"{group} query heads share a kv head: at most {tiling['ROWS']} can")
     check(len(spans.firsts) == len(spans.starts) + 1, "spans: firsts must have one entry more than starts")
-    check_contiguous(q=q, cache=cache, tables=tables, out=out, tiles=spans.tiles)
+    check_contiguous(q=q, cache=cache, blocks=tables.blocks, out=out, tiles=spans.tiles)
     return Launch(
         _attend_tiles,
         (len(spans.tiles), kv_heads),
@@ -130,7 +131,8 @@ def prefill_launch(
             "q": q,
             "keys": cache[0],
             "values": cache[1],
-            "tables": tables,
+            "tables": tables.blocks,
+            "table_starts": tables.starts,
             "tiles": spans.tiles,
             "starts": spans.starts,
             "firsts": spans.firsts,
@@ -144,7 +146,6 @@ def prefill_launch(
             "kv_block": cache.stride(1),
             "kv_slot": cache.stride(2),
             "kv_head": cache.stride(3),
-            "table_row": tables.stride(0),
         },
         {
             "GROUP": group,
@@ -174,6 +175,7 @@ def _attend_tiles(
     keys,
     values,
     tables,
+    table_starts,
     tiles,
     starts,
     firsts,
@@ -187,7 +189,6 @@ def _attend_tiles(
     kv_block,
     kv_slot,
     kv_head,
-    table_row,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
@@ -216,7 +217,7 @@ def _attend_tiles(
     level = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     value = tl.zeros([ROWS, DIM_PADDED], tl.float32)
-    table = tables + span * table_row
+    table = tables + tl.load(table_starts + span)
     keys += kv * kv_head
     values += kv * kv_head
     end = start + tl.minimum(place + QUERIES, count)

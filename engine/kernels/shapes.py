@@ -12,7 +12,7 @@ import torch
 
 from engine.kernels.activation import silu_launch
 from engine.kernels.decode_attention import Partials, Parts, capacity_of, decode_launches
-from engine.kernels.launch import Launch
+from engine.kernels.launch import Launch, Tables
 from engine.kernels.norm import norm_launch
 from engine.kernels.prefill_attention import Spans, prefill_launch
 from engine.kernels.rope import rope_launch
@@ -61,7 +61,7 @@ def launches(case: Case, rows: int = 64, tokens: int = 2048) -> Iterator[Launch]
     fused = empty(tokens, heads, case.dim)
     q, out = fused[:, : case.q_heads], empty(tokens, case.q_heads, case.dim)
     cache = empty(2, 8192, case.block_size, case.kv_heads, case.dim)
-    tables = empty(rows, 4096, dtype=int32)
+    tables = Tables(empty(8192, dtype=int32), empty(rows, dtype=int32))
     capacity = capacity_of(rows, 8192 * case.block_size)
     yield from decode_launches(
         q[:rows],

@@ -11,6 +11,7 @@ import torch
 
 from engine.kernels import decode_attention as kernels
 from engine.kernels.decode_attention import Partials, Parts, capacity_of, parts_of
+from engine.kernels.launch import Tables
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -44,6 +45,8 @@ class Batch:
             fresh = torch.randn(2, len(positions), heads[1], dim, generator=noise).to(dtype)
             cache[:, blocks, positions % block_size] = fresh
         self.cache, self.tables = cache.to(device), tables.to(device)
+        starts = torch.arange(len(lengths), dtype=torch.int32) * tables.shape[1]
+        self.flat = Tables(self.tables.flatten(), starts.to(device))
         # As the fused projection leaves them: queries between other columns.
         fused = torch.randn(len(lengths), heads[0] + 2 * heads[1], dim, generator=noise).to(device, dtype)
         self.q = fused[:, : heads[0]]
@@ -62,7 +65,7 @@ class Batch:
         return attend(
             self.q,
             self.cache,
-            self.tables,
+            self.flat,
             self.lengths,
             self.parts,
             self.partials,

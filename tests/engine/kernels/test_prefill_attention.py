@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.kernels import prefill_attention as kernels
+from engine.kernels.launch import Tables
 from engine.kernels.prefill_attention import Spans, tile_queries, tiles_of
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -55,7 +56,9 @@ class Batch:
     def run(self, reference: bool = False) -> torch.Tensor:
         out = torch.full(self.q.shape, 7.0, dtype=self.q.dtype, device=self.q.device)
         attend = kernels.prefill_attention_reference if reference else kernels.prefill_attention
-        return attend(self.q, self.cache, self.tables, self.spans, out, window=self.window)
+        starts = torch.arange(len(self.tables), dtype=torch.int32, device=self.q.device)
+        tables = Tables(self.tables.flatten(), starts * self.tables.shape[1])
+        return attend(self.q, self.cache, tables, self.spans, out, window=self.window)
 
     def check(self, tolerance: float | None = None) -> None:
         tolerance = tolerance or TOLERANCE[self.q.dtype]

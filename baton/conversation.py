@@ -46,6 +46,11 @@ class Sampling(TypedDict, total=False):
     echo: bool | None  # tell the prompt too: `Completion.prompt`
     priority: int | None  # less is more urgent
     cache_salt: str | None  # requests with different salts share no cached KV
+    ttft_ms: int | None  # targets: the first token within so long
+    itl_ms: int | None  # and each further one
+
+
+_BESIDE = ("priority", "cache_salt", "ttft_ms", "itl_ms")  # in the request, not among the sampling parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ def make_request(
 ) -> api.GenerateRequest:
     """The message; raises TypeError for an unknown field and InvalidRequest for a value that no message can hold."""
     given = {name: value for name, value in asked.items() if value is not None}
-    beside = {name: given.pop(name) for name in ("priority", "cache_salt") if name in given}
+    beside = {name: given.pop(name) for name in _BESIDE if name in given}
     unknown = given.keys() - api.SamplingParams.DESCRIPTOR.fields_by_name.keys()
     if unknown:
         raise TypeError(f"unknown sampling field {', '.join(sorted(unknown))}")

@@ -166,7 +166,8 @@ def benchmark(kind: str, repeats: int, table: Table) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--transport", action="append", choices=["nixl", "shm"], help="may be repeated; both")
+    kinds = ["nixl", "distributed", "shm"]
+    parser.add_argument("--transport", action="append", choices=kinds, help="may be repeated; all")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--receive", nargs=2, metavar=("KIND", "BYTES"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -178,7 +179,7 @@ def main() -> None:
         table.add_column(column)
     for column in ("memcpy", "gather", "digest", "write", "= send", "copy+verify", "scatter", "= receive"):
         table.add_column(column, justify="right")
-    for kind in arguments.transport or ["nixl", "shm"]:
+    for kind in arguments.transport or kinds:
         benchmark(kind, arguments.repeats, table)
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 

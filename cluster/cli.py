@@ -1,4 +1,4 @@
-"""The command line: `baton serve`, `baton generate`, `baton status`. Thin: parses, calls, prints.
+"""The command line: `baton serve`, `generate`, `status` and `doctor`. Thin: parses, calls, prints.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
@@ -130,6 +130,30 @@ def status(
         print(status_view.as_json(answer))
     else:
         status_view.show(answer, ledger=ledger)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; none: the defaults.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="SECTION.KEY=VALUE, over the file; may be repeated.", show_default=False),
+    ] = None,
+    running: Annotated[
+        bool, typer.Option("--running", help="The deployment is up: its ports need not be free.")
+    ] = False,
+) -> None:
+    """Looks at this machine, tries the transports, says what helps. Exits with 1 when something needed is broken."""
+    from rich.console import Console
+
+    from cluster import doctor as doctors
+
+    with Console(stderr=True).status("looking around, trying transports"):
+        findings = list(doctors.examine(config, overrides or [], ports=not running))
+    doctors.show(findings)
+    raise typer.Exit(doctors.status(findings))
 
 
 def _write(text: str) -> None:

@@ -20,11 +20,14 @@ from cluster.config_errors import ConfigError, did_you_mean, explain
 from engine.config_fields import UnsupportedModel
 from engine.model_folder import ModelNotFound, is_hub_name, resolve
 from kvtransfer.transports import TransportKind
-from router.policy import POLICIES
+from router.policies import POLICIES, find
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` runs
+
+# Policies of one's own see the limits and may use them.
+_WITHOUT_THRESHOLDS = frozenset(POLICIES) - {"threshold"}
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -45,6 +48,8 @@ class ModelSection(_Section):
     served_name: str = ""  # empty: the folder's name, or the name of the hub
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_model_len: NotNegative = 0  # 0: the model's own
+    ttft_ms: NotNegative = 0  # targets of this model; 0: those of the router
+    itl_ms: NotNegative = 0
 
 
 class PoolSection(_Section):
@@ -94,7 +99,9 @@ class RouterSection(_Section):
     advertise_host: str = (
         ""  # told to clients; empty: where it listens, or the node's address in a joined Ray
     )
-    policy: str = "threshold"
+    policy: str = "cost"  # a name, or package.module:function
+    ttft_ms: Positive = 1000  # what requests are to be served with that say nothing themselves
+    itl_ms: Positive = 100
     local_below_tokens: NotNegative = 256  # a shorter uncached suffix is prefilled where it is decoded
     max_prefill_waiting: Positive = 8
     max_active: Positive = 1024
@@ -108,8 +115,10 @@ class RouterSection(_Section):
     @field_validator("policy")
     @classmethod
     def _known_policy(cls, value: str) -> str:
-        if value not in POLICIES:
-            raise ValueError(f"must be one of {', '.join(POLICIES)}{did_you_mean(value, POLICIES)}")
+        try:
+            find(value)
+        except ValueError as error:
+            raise ValueError(f"{error}{did_you_mean(value, POLICIES)}") from None
         return value
 
     @field_validator("http", "grpc")
@@ -194,12 +203,24 @@ class Config(_Section):
                 f"kvtransfer.gather = 'never', kvtransfer.wire_dtype = {self.kvtransfer.wire_dtype!r}: KV is narrowed "
                 "where it is gathered; set kvtransfer.gather to auto or kvtransfer.wire_dtype to stored"
             )
+        for key in ("local_below_tokens", "max_prefill_waiting"):
+            if key in self.router.model_fields_set and self.router.policy in _WITHOUT_THRESHOLDS:
+                raise ValueError(
+                    f"router.{key} = {getattr(self.router, key)}: has no effect on the policy "
+                    f"{self.router.policy!r}; remove it, or set router.policy to threshold"
+                )
         if self.cluster.launcher == "plain" and self.cluster.address != "local":
             raise ValueError(
                 f"cluster.address = {self.cluster.address!r}: the plain launcher starts processes on this machine "
                 "only; remove the address or set cluster.launcher to ray"
             )
         for name, pool in (("prefill", self.prefill), ("decode", self.decode)):
+            if pool.placement == "spread" and (pool.tensor_parallel == 1 or self.cluster.launcher == "plain"):
+                raise ValueError(
+                    f"{name}.placement = 'spread': spreads the ranks of a worker over nodes of Ray, and there is "
+                    f"{'one rank' if pool.tensor_parallel == 1 else 'no Ray'}; remove it, or set "
+                    f"{name}.tensor_parallel above 1 with cluster.launcher ray"
+                )
             if pool.resources and self.cluster.address == "local":
                 raise ValueError(
                     f"{name}.resources = {pool.resources}: chooses among the nodes of a running Ray, and "

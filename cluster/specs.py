@@ -98,6 +98,8 @@ def router_spec(config: Config, model: ModelConfig, token: str) -> RouterSpec:
         served_name=config.model.served_name or Path(config.model.path).name,
         max_model_len=max_model_len(config, model),
         policy=config.router.policy,
+        ttft_s=(config.model.ttft_ms or config.router.ttft_ms) / 1e3,
+        itl_s=(config.model.itl_ms or config.router.itl_ms) / 1e3,
         local_below_tokens=config.router.local_below_tokens,
         max_prefill_waiting=config.router.max_prefill_waiting,
         max_active=config.router.max_active,

@@ -113,6 +113,6 @@ class Distributed:
         while not work.is_completed():
             if self._aborted:
                 raise GroupAborted(f"rank {self.rank}: {self._aborted}")
-            if not patience.spins() and not patience.pause():
+            if not patience.pause():
                 self._aborted = f"rank {self.rank} of {self.size} waited {self.timeout_s:g} s for the others"
                 raise RankStuck(self._aborted, ())

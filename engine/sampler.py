@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.api import SamplingParams
@@ -59,8 +60,7 @@ def _prepare(
         [params[row].temperature for row in rows], chosen
     )
     keys = [noise_key(params[row].seed, params[row].choice, positions[row]) for row in rows]
-    signed = np.array(keys, dtype=np.uint64).view(np.int64)
-    return scaled, torch.from_numpy(signed).to(logits.device).unsqueeze(1)
+    return scaled, torch.from_numpy(signed_words(keys)).to(logits.device).unsqueeze(1)
 
 
 def leading(scaled: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,13 +142,23 @@ def _column(numbers: list[float], like: torch.Tensor) -> torch.Tensor:
 
 def noise_key(seed: int, choice: int, position: int) -> int:
     """The start of the noise stream of one draw, 64 bits; any ints, negative ones and those over 64 bits wrap."""
+    return noise_stream(noise_stream(seed, choice) + position)
+
+
+def noise_stream(*words: int) -> int:
+    """`noise_key` but for its last word, which is added to the result of those before it."""
     key = 0
-    for word in (seed, choice, position):
+    for word in words:
         key = (key + word + _GOLDEN) & _MASK
         key = ((key ^ (key >> 30)) * _MIX_1) & _MASK
         key = ((key ^ (key >> 27)) * _MIX_2) & _MASK
         key ^= key >> 31
     return key
+
+
+def signed_words(words: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Unsigned words of 64 bits as the int64 that have the same bits."""
+    return np.array(words, dtype=np.uint64).view(np.int64)
 
 
 def _signed(word: int) -> int:

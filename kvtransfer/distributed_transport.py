@@ -102,6 +102,7 @@ class DistributedTransport:
             raise TransportError("this build of PyTorch has no torch.distributed with gloo; install another")
         self.staging = staging
         self.landing = landing
+        self.devices = f"tcp/{host}"
         self._listener = _listen(host)
         self._about = _Description(
             endpoint=f"{incarnation}/{uuid.uuid4().hex[:12]}",

@@ -33,7 +33,7 @@ HANDSHAKE_BYTES = 4096  # the longest message from one who has not shown that it
 _FRAME_BYTES = 256 << 20  # ten million rows
 _MEET_S = 10.0  # for both sides to form the group
 _PATIENCE = timedelta(minutes=10)  # of a receiver in the middle of a message; deadlines belong to the leases
-_DIRECT_BYTES = 64 << 10  # rows of at least this length on average are sent from where they lie
+_DIRECT_BYTES = 512 << 10  # rows of at least this length on average are sent from where they lie
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 
 Message = TypeVar("Message")

@@ -208,6 +208,7 @@ class LoopbackTransport:
     """See `kvtransfer.transport.Transport`; made by `LoopbackFabric.open`."""
 
     name = "loopback"
+    devices = "none"
 
     def __init__(self, fabric: LoopbackFabric, incarnation: str, staging: Region, landing: Region) -> None:
         self.incarnation = incarnation

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvtransfer import processes
+from kvtransfer import devices, processes
 from kvtransfer.processes import ProcessIdentity
 from kvtransfer.rows import checked, operations
 from kvtransfer.transport import Region, Rows, Settled, TransportError
@@ -35,6 +35,7 @@ _ENVIRONMENT = {
 _DRAIN_POLLS = 64
 # After another host's endpoint refused us, what it had sent before on other connections gets this long to arrive.
 _REMOTE_DRAIN_S = 5.0
+_ucx_log = devices.UcxLog()
 _keep: list[object] = []  # agents that were closed with bytes in flight: destroying them is not safe
 
 
@@ -44,6 +45,7 @@ class _Description(msgspec.Struct, frozen=True, tag="nixl", kw_only=True):
     landing_base: int
     landing_bytes: int
     process: ProcessIdentity
+    rdma: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -92,7 +94,11 @@ class NixlTransport:
         try:
             config = api.nixl_agent_config(backends=[], enable_prog_thread=False)
             self._agent: Any = api.nixl_agent(self._name, config)
-            self._agent.create_backend("UCX", {})
+            _ucx_log.start()
+            try:
+                self._agent.create_backend("UCX", {})
+            finally:
+                _ucx_log.started()
             self._registered = [
                 self._agent.register_memory(_descriptors(region), mem_type="DRAM")
                 for region in (staging, landing)
@@ -107,7 +113,10 @@ class NixlTransport:
             landing_base=landing.ctypes.data if landing.nbytes else 0,
             landing_bytes=landing.nbytes,
             process=processes.this_process(),
+            rdma=devices.rdma_devices(),
         )
+        self.devices = ""
+        self._lanes: dict[str, None] = {}
         self._peers: dict[str, _Peer] = {}
         self._agents: set[str] = (
             set()
@@ -140,6 +149,7 @@ class NixlTransport:
         self._agents.add(about.agent)
         self._peers[peer] = _Peer(about)
         self._forget_idle()
+        self._read_log(peer, about)
 
     def disconnect(self, peer: str) -> None:
         self._peers.pop(peer, None)
@@ -241,6 +251,7 @@ class NixlTransport:
             state = call(handle)
         except Exception as error:
             state, write.error = "ERR", write.error or _text(error)
+            self._read_log()
         if state == "PROC":
             return
         if state != "DONE":
@@ -269,6 +280,27 @@ class NixlTransport:
         except Exception:
             return True
         return False
+
+    def _read_log(self, peer: str = "", about: _Description | None = None) -> None:
+        """Passes on what UCX complains about, and learns which devices it uses; complains if there are better ones."""
+        used: tuple[str, ...] = ()
+        for line in _ucx_log.new_lines():
+            if " WARN " in line or " ERROR " in line:
+                log.warning("UCX: %s", line.partition(" UCX ")[2].strip() or line)
+            used = devices.lanes(line) or used
+        self._lanes.update(dict.fromkeys(used))
+        self.devices = ", ".join(self._lanes)
+        if about is not None:
+            slow = devices.slow_way(
+                # A connection like an earlier one has no line of its own.
+                used or tuple(self._lanes),
+                same_host=processes.same_host(about.process, self._about.process),
+                reads_memory=devices.reads_memory_of(about.process, about.landing_base or 1),
+                ours=self._about.rdma,
+                theirs=about.rdma,
+            )
+            if slow:
+                log.warning("SLOW TRANSPORT to %s: %s", peer, slow)
 
     def _forget_idle(self) -> None:
         used = {peer.about.agent for peer in self._peers.values()}

@@ -32,6 +32,7 @@ class ShmTransport:
     """See `kvtransfer.transport.Transport`. The landing region is allocated here: it must be shareable."""
 
     name = "shm"
+    devices = "memory"
 
     def __init__(self, incarnation: str, staging: Region, landing_bytes: int) -> None:
         """Raises TransportError when the kernel gives no shared memory."""

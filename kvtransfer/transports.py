@@ -24,6 +24,9 @@ class Endpoint(Transport, Protocol):
 
     staging: Region
     landing: Region
+    devices: (
+        str  # what moves the bytes, as far as the transport tells: "cma/memory, tcp/lo"; known once connected
+    )
 
     def close(self) -> None:
         """Ends it. Writes in flight are not stopped by this, and regions stay allocated."""

@@ -25,6 +25,7 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 16
 MAX_PRIORITY = 1000
 MAX_SALT_CHARS = 256
+MAX_TARGET_MS = 24 * 3600 * 1000
 
 
 class ContextLengthExceeded(Refused):
@@ -64,6 +65,8 @@ class GenerateCall:
     ignore_eos: bool = False
     salt: str = ""  # requests with different salts share no cached prefix
     priority: int = 0  # less is more urgent
+    ttft_ms: int | None = None  # targets; None: the deployment's
+    itl_ms: int | None = None
 
 
 def invalid(message: str, param: str) -> Refused:
@@ -118,6 +121,10 @@ def check_sampling(call: GenerateCall, vocab_size: int) -> None:
         raise invalid(
             f"cache_salt has {len(call.salt)} characters, at most {MAX_SALT_CHARS} are allowed", "cache_salt"
         )
+    for name in ("ttft_ms", "itl_ms"):
+        target = getattr(call, name)
+        if target is not None and not 1 <= target <= MAX_TARGET_MS:
+            raise invalid(f"{name} must be between 1 and {MAX_TARGET_MS}, not {target}", name)
     if call.min_tokens is not None and call.min_tokens < 0:
         raise invalid(f"min_tokens must be at least 0, not {call.min_tokens}", "min_tokens")
     if len(call.stop) > MAX_STOP_STRINGS:

@@ -32,7 +32,9 @@ from router.dispatch_api import (
 )
 from router.links import WorkerLink
 from router.metrics import RequestMetrics
-from router.policy import POLICIES, Ask, Decision, NoWorker, choose
+from router.placements import Placement, Placements
+from router.policies import find
+from router.policy import Ask, Decision, NoRoom, NoWorker, PolicyError, choose
 from router.prefix_index import Expected, PrefixIndex
 from router.prompt_hints import PromptHints
 from router.spec import RouterSpec
@@ -48,15 +50,15 @@ class Flight:
     """One request under way: what has come for it and was not taken yet. One consumer."""
 
     __slots__ = (
-        "_events", "_untaken", "_waiter", "account", "decision", "expected", "first_token_seen", "key", "link",
+        "_events", "_untaken", "_waiter", "account", "decision", "expected", "key", "link", "placement",
     )  # fmt: skip
 
-    def __init__(self, key: int, link: WorkerLink, decision: Decision, account: Account) -> None:
+    def __init__(self, key: int, link: WorkerLink, placement: Placement, account: Account) -> None:
         self.key = key
         self.link = link
-        self.decision = decision
+        self.placement = placement
+        self.decision = placement.decision
         self.account = account
-        self.first_token_seen = False
         self.expected: list[Expected] = []  # what its workers will have cached, until they say so
         self._events: deque[Event | Refused] = deque()
         self._untaken: dict[int, NewTokens] = {}  # by choice, among the events
@@ -93,7 +95,8 @@ class WorkerDispatcher:
         self.metrics = RequestMetrics()
         self.cluster = ClusterView()
         self.index = PrefixIndex(spec.prefix_index_entries)
-        self._policy = POLICIES[spec.policy]
+        self.placements = Placements(self.cluster)
+        self._policy = find(spec.policy)
         self._links: dict[str, WorkerLink] = {}  # by worker id
         self._flights: dict[int, Flight] = {}
         self._next_key = 1
@@ -154,41 +157,54 @@ class WorkerDispatcher:
 
     def _submit(self, prompt: Prompt) -> Flight:
         now = time.monotonic()
-        uncached = len(prompt.tokens) - 1
         hints = PromptHints(prompt.tokens, prompt.salt)
-        decode_cached, prefill_cached = self.index.match(hints, now)
-        ask = Ask(
-            len(prompt.tokens),
-            uncached,
-            self.spec.local_below_tokens,
-            self.spec.max_prefill_waiting,
-            prompt_logprobs=prompt.sampling.prompt_logprobs is not None,
-            decode_cached=decode_cached,
-            prefill_cached=prefill_cached,
-        )
-        try:
-            decision = choose(self._policy, ask, self.cluster.view, now)
-        except NoWorker as error:
-            raise Refused(RefusalKind.UNAVAILABLE, str(error), retry_after_s=RETRY_AFTER_S) from None
+        ask = self._ask(prompt, hints, now)
+        decision = self._decide(ask, now)
         link = self._links[decision.decode_worker]
         message = pb.ToWorker(submit=_submit_message(self._next_key, prompt, decision))
-        flight = Flight(self._next_key, link, decision, prompt.account)
+        placement = self.placements.submitted(decision, ask, now)
+        flight = Flight(self._next_key, link, placement, prompt.account)
         self._next_key += 1
         self._flights[flight.key] = flight
-        self._book(flight, hints, ask, now)
+        self._expect(flight, hints, ask, now)
         prompt.account.decision = decision
         self.metrics.decided(decision, len(prompt.tokens))
         link.send(message)
         return flight
 
-    def _book(self, flight: Flight, hints: PromptHints, ask: Ask, now: float) -> None:
-        """The placement counts at once, as work and as a prompt that its workers will have cached."""
+    def _ask(self, prompt: Prompt, hints: PromptHints, now: float) -> Ask:
+        decode_cached, prefill_cached = self.index.match(hints, now)
+        return Ask(
+            len(prompt.tokens),
+            len(prompt.tokens) - 1,
+            self.spec.local_below_tokens,
+            self.spec.max_prefill_waiting,
+            prompt_logprobs=prompt.sampling.prompt_logprobs is not None,
+            decode_cached=decode_cached,
+            prefill_cached=prefill_cached,
+            request_id=prompt.request_id,
+            ttft_s=prompt.ttft_s or self.spec.ttft_s,
+            itl_s=prompt.itl_s or self.spec.itl_s,
+        )
+
+    def _decide(self, ask: Ask, now: float) -> Decision:
+        """Raises Refused."""
+        try:
+            return choose(self._policy, ask, self.cluster.view, now)
+        except NoRoom as error:
+            raise Refused(RefusalKind.NO_ROOM, str(error), retry_after_s=RETRY_AFTER_S) from None
+        except NoWorker as error:
+            raise Refused(RefusalKind.UNAVAILABLE, str(error), retry_after_s=RETRY_AFTER_S) from None
+        except PolicyError as error:
+            raise Refused(RefusalKind.INTERNAL, f"{self.spec.policy}: {error}") from None
+
+    def _expect(self, flight: Flight, hints: PromptHints, ask: Ask, now: float) -> None:
+        """Its workers will soon have the prompt cached."""
         decision, cluster = flight.decision, self.cluster
         placed = [(cluster.decode, decision.decode_worker, ask.decode_cached)]
         if decision.prefill_worker is not None:
             placed.append((cluster.prefill, decision.prefill_worker, ask.prefill_cached))
         for book, worker_id, cached in placed:
-            book.place(worker_id, 1)
             expected = self.index.expect(hints, worker_id, int(cached[book.at(worker_id)]), now)
             if expected is not None:
                 flight.expected.append(expected)
@@ -197,20 +213,16 @@ class WorkerDispatcher:
         """The request is over for this router."""
         if self._flights.pop(flight.key, None) is None:
             return
-        self.cluster.decode.place(flight.decision.decode_worker, -1)
+        self.placements.ended(flight.placement)
         for expected in flight.expected:  # it ends without a first token
             self.index.forget(expected)
         flight.expected.clear()
-        self._prefilled(flight, 0.0)
 
-    def _prefilled(self, flight: Flight, now: float) -> None:
-        if not flight.first_token_seen:
-            flight.first_token_seen = True
-            for expected in flight.expected:
-                self.index.settle(expected, now)
-            flight.expected.clear()
-            if flight.decision.prefill_worker is not None:
-                self.cluster.prefill.place(flight.decision.prefill_worker, -1)
+    def _settle(self, flight: Flight, now: float) -> None:
+        """Its first token came: what it was expected to leave in the caches will soon be told."""
+        for expected in flight.expected:
+            self.index.settle(expected, now)
+        flight.expected.clear()
 
     # ---- the workers' side -------------------------------------------------------------------------------------
 
@@ -223,8 +235,10 @@ class WorkerDispatcher:
         for entry in message.tokens:
             flight = self._flights.get(entry.key)
             if flight is not None:
-                self._prefilled(flight, now)
-                self.metrics.tokens(flight.account, entry.choice, len(entry.ids), now)
+                if flight.expected:
+                    self._settle(flight, now)
+                gap_s = self.metrics.tokens(flight.account, entry.choice, len(entry.ids), now)
+                self.placements.token(flight.placement, entry.choice, now, gap_s)
                 logprobs = _logprobs(entry.logprobs) if entry.HasField("logprobs") else None
                 flight.push(NewTokens(entry.first_index, list(entry.ids), entry.choice, logprobs))
         for end in message.ends:
@@ -232,6 +246,7 @@ class WorkerDispatcher:
                 self.metrics.traced(end.trace)
             flight = self._flights.get(end.key)
             if flight is not None and end.more:
+                self.placements.choice_ended(flight.placement, end.choice)
                 flight.push(ChoiceEnded(end.choice, end.reason))
             elif flight is not None:
                 flight.push(self._end(flight, end))
@@ -239,7 +254,7 @@ class WorkerDispatcher:
         if message.HasField("kv_snapshot") or message.kv_events:
             self._cached(link, message, now)
         if message.HasField("status"):
-            self._report(link)
+            self.placements.told(link.member.worker_id, link.member.role, link.status, now)
             if not self.index.synced(link.member.worker_id):
                 link.resubscribe(now)
 
@@ -254,17 +269,6 @@ class WorkerDispatcher:
             )
         for e in message.kv_events:
             self.index.events(worker_id, e.incarnation, e.seq, _hints(e.added), _hints(e.evicted), e.cleared)
-
-    def _report(self, link: WorkerLink) -> None:
-        status = link.status
-        book = self.cluster.decode if link.member.role == "decode" else self.cluster.prefill
-        work = (
-            status.waiting + status.running + status.handoffs
-            if link.member.role == "decode"
-            else status.handoffs
-        )
-        book.report(link.member.worker_id, work)
-        book.set_usable(link.member.worker_id, True)
 
     def _end(self, flight: Flight, end: pb.RequestEnd) -> Ended | Refused:
         if end.HasField("trace"):
@@ -281,9 +285,7 @@ class WorkerDispatcher:
         return Refused(RefusalKind.INTERNAL, end.detail or f"the request ended: {end.reason}")
 
     def _on_down(self, link: WorkerLink, reason: str) -> None:
-        book = self.cluster.decode if link.member.role == "decode" else self.cluster.prefill
-        book.set_usable(link.member.worker_id, False)
-        book.report(link.member.worker_id, 0)
+        self.placements.lost(link.member.worker_id, link.member.role)
         for flight in [f for f in self._flights.values() if f.link is link]:
             flight.push(
                 Refused(
@@ -324,6 +326,8 @@ class WorkerDispatcher:
             [worker_id for worker_id, _ in decode], [worker_id for worker_id, _ in prefill]
         )
         self.index.set_workers(decode, prefill)
+        for member in members:
+            self.placements.book(member.role).set_draining(member.worker_id, member.draining)
         await asyncio.gather(*retired, return_exceptions=True)
 
     def workers(self) -> Iterator[tuple[api.WorkerStatus, int]]:
@@ -363,11 +367,13 @@ def _submit_message(key: int, prompt: Prompt, decision: Decision) -> pb.Submit:
         request_id=prompt.request_id,
         prompt=prompt.tokens,
         sampling=_sampling(prompt.sampling),
-        prefill_worker=decision.prefill_worker or "",
+        prefill_worker=decision.prefill_worker or decision.alternative or "",
         local_below_tokens=decision.local_below_tokens,
         salt=prompt.salt,
         priority=prompt.priority,
         n=prompt.n,
+        local=decision.prefill_worker is None and decision.alternative is not None,
+        handoff_s=decision.handoff_s,
     )
 
 

@@ -52,6 +52,8 @@ class Prompt:
     salt: str = ""
     priority: int = 0  # less is more urgent
     n: int = 1  # choices
+    ttft_s: float | None = None  # targets of its own; None: the deployment's
+    itl_s: float | None = None
     account: Account = field(default_factory=Account, compare=False)
 
 

@@ -169,6 +169,8 @@ class Generation:
             salt=call.salt,
             priority=call.priority,
             n=call.n or 1,
+            ttft_s=None if call.ttft_ms is None else call.ttft_ms / 1e3,
+            itl_s=None if call.itl_ms is None else call.itl_ms / 1e3,
         )
 
     async def _tokens(self, call: GenerateCall) -> list[int]:

@@ -173,6 +173,8 @@ def _call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         echo=sampling.echo,
         priority=request.priority,
         salt=request.cache_salt,
+        ttft_ms=request.ttft_ms or None,
+        itl_ms=request.itl_ms or None,
     )
 
 

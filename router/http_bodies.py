@@ -105,6 +105,8 @@ class _Body(BaseModel):
     prompt_logprobs: Int | None = None
     priority: Int | None = None
     cache_salt: str | None = None
+    ttft_ms: Int | None = None  # no other server has these
+    itl_ms: Int | None = None
     ignore_eos: Flag | None = None
     stop_token_ids: list[Int] | None = None
     return_token_ids: Flag | None = None
@@ -147,6 +149,8 @@ class _Body(BaseModel):
             n=self.n,
             priority=self.priority or 0,
             salt=self.cache_salt or "",
+            ttft_ms=self.ttft_ms,
+            itl_ms=self.itl_ms,
         )
 
 

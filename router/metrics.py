@@ -108,17 +108,21 @@ class RequestMetrics:
         self.decisions[decision.kind, decision.code] += 1
         self.prompt_tokens += prompt_tokens
 
-    def tokens(self, account: Account, choice: int, count: int, now: float) -> None:
-        """`count` tokens of one choice came together; the time since the last ones is shared out among them."""
+    def tokens(self, account: Account, choice: int, count: int, now: float) -> float | None:
+        """`count` tokens of one choice came together; the time since the last ones is shared out among them. Returns
+        the gap before each, None for the first."""
         account.generated_tokens += count
         self.generated_tokens += count
         last = account.last_token.get(choice)
         account.last_token[choice] = now
         if last is not None:
-            self.between_tokens.observe((now - last) / count, count)
-        elif account.first_token is None:
+            gap_s = (now - last) / count
+            self.between_tokens.observe(gap_s, count)
+            return gap_s
+        if account.first_token is None:
             account.first_token = now
             self.first_token.observe(now - account.arrived)
+        return None
 
     def traced(self, trace: api.Trace) -> None:
         """A worker is done with a request, whether or not anybody still waits for it."""

@@ -1,21 +1,18 @@
-"""Where a request runs: the pure heart of the router. No I/O, no clock, no randomness of its own.
+"""What a policy is: a pure function (ask, view, now) -> Decision. No I/O, no clock, no randomness of its own.
 
-A policy is a function (ask, view, now) -> Decision, found by name in `POLICIES`. To add one: write the function,
-enter it there, and test it with a view made by hand.
+The policies themselves are in `router.cost` and `router.policies`; docs/policies.md says how to add one. The router
+calls `choose`, which also settles what no policy may decide and refuses what a policy must not answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from router.view import Ints, Pool, View
-
-# A worker may have so many requests more than the least loaded one and still be chosen for what it has cached.
-AFFINITY_SLACK = 4
 
 
 def _nothing() -> Ints:
@@ -24,11 +21,11 @@ def _nothing() -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a policy knows of a request, and the limits it is configured with.
+    """What a policy knows of a request, and the limits and targets it is to keep.
 
     `uncached_tokens` is the most that may have to be prefilled: the decode worker checks again with exact numbers.
     `decode_cached` and `prefill_cached` are leading tokens of the prompt that each worker has, as far as this router
-    knows: shape [workers], in the order of the view's pools, or empty when nothing is known.
+    knows: int64 [workers], in the order of the view's pools, or empty when nothing is known.
     """
 
     prompt_tokens: int
@@ -38,6 +35,9 @@ class Ask:
     prompt_logprobs: bool = False
     decode_cached: Ints = field(default_factory=_nothing, compare=False)
     prefill_cached: Ints = field(default_factory=_nothing, compare=False)
+    request_id: str = ""
+    ttft_s: float = 1.0
+    itl_s: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,9 @@ class Decision:
 
     `local_below_tokens`: the decode worker prefills a shorter uncached suffix itself whatever is said here.
     `code`: the reason as one of a few fixed words (`[a-z_]+`, never a number of the request), for metrics.
+    `alternative`: with a local decision, the prefill worker to turn to when `local_below_tokens` or more are missing.
+    `ttft_s`, `handoff_s`: what was predicted of the first token, and of the hand-off with its queue; 0: nothing was.
+    `best_s`: the least TTFT of all candidates; `other_s`: that of the best of the other kind; 0: there was none.
     """
 
     decode_worker: str
@@ -53,6 +56,11 @@ class Decision:
     reason: str
     local_below_tokens: int
     code: str
+    alternative: str | None = None
+    ttft_s: float = 0.0
+    handoff_s: float = 0.0
+    best_s: float = 0.0
+    other_s: float = 0.0
 
     @property
     def kind(self) -> Literal["local", "remote"]:
@@ -63,93 +71,30 @@ class NoWorker(Exception):
     """No decode worker can be reached."""
 
 
+class NoRoom(NoWorker):
+    """Some can be, and all are full."""
+
+
+class PolicyError(Exception):
+    """A policy gave an answer that cannot be carried out."""
+
+
 Policy = Callable[[Ask, View, float], Decision]
 
 
 def choose(policy: Policy, ask: Ask, view: View, now: float) -> Decision:
-    """The policy's decision, or what no policy can decide otherwise."""
+    """The policy's decision, or what no policy can decide otherwise. Raises NoWorker, NoRoom, PolicyError."""
+    decision = policy(ask, view, now)
     if ask.prompt_logprobs:
         reason = "local: log-probabilities of the prompt need the logits of all its tokens here"
-        return Decision(_least_loaded(view.decode), None, reason, ask.local_below_tokens, "prompt_logprobs")
-    return policy(ask, view, now)
+        local = replace(decision, prefill_worker=None, alternative=None, handoff_s=0.0)
+        return replace(local, reason=reason, code="prompt_logprobs")
+    _check(decision.decode_worker, view.decode, "decode")
+    if decision.prefill_worker is not None:
+        _check(decision.prefill_worker, view.prefill, "prefill")
+    return decision
 
 
-def threshold(ask: Ask, view: View, now: float) -> Decision:
-    """The peers' rule: remote when the uncached suffix is long enough and the prefill queue short enough."""
-    decode_at = _decode_index(ask, view)
-    decode_worker = view.decode.ids[decode_at]
-    uncached = ask.uncached_tokens
-    if ask.decode_cached.size:
-        uncached = max(0, uncached - int(ask.decode_cached[decode_at]))
-    if uncached < ask.local_below_tokens:
-        reason = f"local: {uncached} tokens < {ask.local_below_tokens}"
-        return Decision(decode_worker, None, reason, ask.local_below_tokens, "short")
-    at = _index(view.prefill, ask.prefill_cached)
-    if at is None:
-        return Decision(
-            decode_worker, None, "local: no prefill worker", ask.local_below_tokens, "no_prefill_worker"
-        )
-    queue = int(view.prefill.load[at])
-    if queue >= ask.max_prefill_waiting:  # what it has cached is not worth that wait
-        at = _least_loaded_index(view.prefill)
-        assert at is not None
-        queue = int(view.prefill.load[at])
-    if queue >= ask.max_prefill_waiting:
-        reason = f"local: {queue} hand-offs at the least loaded prefill worker >= {ask.max_prefill_waiting}"
-        return Decision(decode_worker, None, reason, ask.local_below_tokens, "prefill_busy")
-    reason = f"remote: {uncached} tokens >= {ask.local_below_tokens}, {queue} hand-offs ahead"
-    return Decision(decode_worker, view.prefill.ids[at], reason, ask.local_below_tokens, "long")
-
-
-def always_remote(ask: Ask, view: View, now: float) -> Decision:
-    """Remote whenever there is a prefill worker and something to prefill."""
-    decode_worker = view.decode.ids[_decode_index(ask, view)]
-    at = _index(view.prefill, ask.prefill_cached)
-    if at is None:
-        return Decision(decode_worker, None, "local: no prefill worker", 0, "no_prefill_worker")
-    return Decision(decode_worker, view.prefill.ids[at], "remote: always", 0, "always")
-
-
-def always_local(ask: Ask, view: View, now: float) -> Decision:
-    """Never remote."""
-    return Decision(view.decode.ids[_decode_index(ask, view)], None, "local: always", 0, "always")
-
-
-POLICIES: dict[str, Policy] = {
-    "threshold": threshold,
-    "always-remote": always_remote,
-    "always-local": always_local,
-}
-
-
-def _least_loaded(pool: Pool) -> str:
-    at = _least_loaded_index(pool)
-    if at is None:
-        raise NoWorker("no decode worker can be reached")
-    return pool.ids[at]
-
-
-def _decode_index(ask: Ask, view: View) -> int:
-    at = _index(view.decode, ask.decode_cached)
-    if at is None:
-        raise NoWorker("no decode worker can be reached")
-    return at
-
-
-def _index(pool: Pool, cached: Ints) -> int | None:
-    """The usable worker that has most of the prompt among those that are hardly busier than the least loaded; among
-    equals the least loaded, then the first. None when none is usable."""
-    least = _least_loaded_index(pool)
-    if least is None or not cached.size or not cached.any():
-        return least
-    load = pool.load
-    near = pool.usable & (load <= load[least] + AFFINITY_SLACK)
-    most = np.where(near, cached, -1)
-    return int(np.argmin(np.where(most == most.max(), load, np.iinfo(np.int64).max)))
-
-
-def _least_loaded_index(pool: Pool) -> int | None:
-    """The usable worker with the least work, the first among equals; None when none is usable."""
-    if not pool.usable.any():
-        return None
-    return int(np.argmin(np.where(pool.usable, pool.load, np.iinfo(np.int64).max)))
+def _check(worker_id: str, pool: Pool, role: str) -> None:
+    if worker_id not in pool.ids or not pool.usable[pool.ids.index(worker_id)]:
+        raise PolicyError(f"the policy chose {worker_id!r}, which is no {role} worker that can be reached")

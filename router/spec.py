@@ -20,7 +20,9 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     served_name: str
     max_model_len: int
-    policy: str = "threshold"
+    policy: str = "cost"
+    ttft_s: float = 1.0  # what a request is to be served with when it does not say
+    itl_s: float = 0.1
     local_below_tokens: int = 256
     max_prefill_waiting: int = 8  # remote only while fewer hand-offs wait at the prefill worker
     max_active: int = 1024  # requests in this router; beyond that RESOURCE_EXHAUSTED

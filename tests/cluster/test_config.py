@@ -105,6 +105,13 @@ def test_the_tree_is_frozen() -> None:
             {"router": {"policy": "treshold"}},
             ["router.policy = 'treshold'", "always-local", "mean 'threshold'"],
         ),
+        ({"router": {"policy": "nowhere.to_be:found"}}, ["router.policy", "No module named", "PYTHONPATH"]),
+        ({"router": {"policy": "router.policies:POLICIES"}}, ["is a dict, not a function"]),
+        (
+            {"router": {"local_below_tokens": 9}},
+            ["router.local_below_tokens = 9", "no effect", "router.policy to threshold"],
+        ),
+        ({"router": {"itl_ms": 0}}, ["router.itl_ms = 0", "at least 1"]),
         ({"kvtransfer": {"transport": "rdma"}}, ["kvtransfer.transport = 'rdma'", "'nixl'"]),
         ({"kvtransfer": {"slots": 1}}, ["kvtransfer.slots = 1", "at least 2"]),
         ({"cluster": {"launcher": "plain", "address": "a:1"}}, ["cluster.address = 'a:1'", "plain", "ray"]),
@@ -205,7 +212,8 @@ def test_the_workers_are_told_how_kv_crosses(model: Path, said: str, told: str) 
 
 def test_the_processes_are_told_what_the_file_says(model: Path) -> None:
     overrides = ["prefill.replicas=2", "decode.replicas=2", "decode.num_gpus=0.5", "prefill.num_gpus=1"]
-    overrides += ["decode.kv_cache_gib=0.5", "kvtransfer.slots=4", "router.local_below_tokens=7"]
+    overrides += ["decode.kv_cache_gib=0.5", "kvtransfer.slots=4", "router.policy=threshold"]
+    overrides += ["router.local_below_tokens=7", "router.ttft_ms=300", "model.itl_ms=20"]
     config = load(None, [f"model.path={model}", *overrides])
     facts = specs.model_config(config)
     seats = specs.seats(config, facts, "secret")
@@ -216,6 +224,7 @@ def test_the_processes_are_told_what_the_file_says(model: Path) -> None:
     assert (decode.kv_cache_bytes, decode.slots) == (1 << 29, 4)
     router = specs.router_spec(config, facts, "secret")
     assert (router.served_name, router.max_model_len, router.local_below_tokens) == ("model", 512, 7)
+    assert (router.policy, router.ttft_s, router.itl_s) == ("threshold", 0.3, 0.02)
 
 
 def test_the_router_is_told_how_to_log(model: Path) -> None:

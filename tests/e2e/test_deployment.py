@@ -54,7 +54,11 @@ async def test_200_mixed_requests(tmp_path: Path) -> None:
     """Half remote, half local; over gRPC, HTTP and HTTP streaming; concurrency 16: all right, nothing stays behind."""
     prompts = _prompts(200, seed=1)
     rng = random.Random(2)
-    settings = {"router__local_below_tokens": THRESHOLD, "router__max_prefill_waiting": 64}
+    settings = {
+        "router__policy": "threshold",
+        "router__local_below_tokens": THRESHOLD,
+        "router__max_prefill_waiting": 64,
+    }
     async with deployed(tmp_path, **settings) as deployment, _openai(deployment) as client:
         gate = asyncio.Semaphore(16)
         wheres: list[str] = []
@@ -89,9 +93,7 @@ async def test_prefill_worker_killed_in_the_middle_of_50(tmp_path: Path) -> None
     prompts = [prompt for prompt in _prompts(100, seed=3) if len(prompt) > THRESHOLD]
     assert len(prompts) == 50
     # 32 tokens a step: prefill takes a while, so that the kill finds hand-offs in all stages.
-    async with deployed(
-        tmp_path, router__policy="always-remote", router__max_prefill_waiting=64, prefill__max_batch_tokens=32
-    ) as deployment:
+    async with deployed(tmp_path, router__policy="always-remote", prefill__max_batch_tokens=32) as deployment:
         undisturbed = [await deployment.generate(prompt, 16) for prompt in prompts[:10]]
         assert all(finished.trace.prefilled == "remote" for _, finished in undisturbed)
         first = asyncio.Event()
@@ -129,7 +131,7 @@ async def test_prefill_worker_killed_in_the_middle_of_50(tmp_path: Path) -> None
 
 async def test_decode_worker_killed(tmp_path: Path) -> None:
     """Its requests end at once with UNAVAILABLE and 503, never a hang; the next one serves."""
-    settings = {"router__local_below_tokens": THRESHOLD}
+    settings = {"router__policy": "threshold", "router__local_below_tokens": THRESHOLD}
     async with deployed(tmp_path, **settings) as deployment, _openai(deployment) as client:
         started = asyncio.Event()
 

@@ -81,6 +81,7 @@ async def test_a_thousand_mixed_requests(tmp_path: Path) -> None:
     shared = [rng.randrange(256) for _ in range(200)]
     settings = {
         "cluster__launcher": "plain",
+        "router__policy": "threshold",
         "router__local_below_tokens": 150,
         "decode__kv_cache_gib": 0.01,
         "prefill__kv_cache_gib": 0.01,

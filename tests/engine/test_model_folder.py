@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from engine.api import SamplingParams
-from engine.kv_cache import KVCache, block_bytes, blocks_in
+from engine.kv_cache import KVCache, block_bytes, blocks_in, storage_bytes
 from engine.model_config import LayerGroup, ModelConfig, RopeConfig, UnsupportedModel, fingerprint
 from engine.plan import BlockTable, Row, StepPlan
 from engine.runner import load_runner
+from engine.shards import Shard, shards
 from engine.weights import load_weights
 from scripts import make_tiny_model
 
@@ -211,7 +213,9 @@ def test_eos_of_the_config_without_generation_config(folder: Path) -> None:
     assert ModelConfig.from_folder(folder).eos_token_ids == (257,)
 
 
-def test_names_missing_unexpected_and_misshapen_tensors(folder: Path) -> None:
+@pytest.mark.parametrize("shard", [Shard(0, 1), Shard(1, 2)])
+def test_names_missing_unexpected_and_misshapen_tensors(folder: Path, shard: Shard) -> None:
+    """A rank of several compares whole tensors, too."""
     config, file = ModelConfig.from_folder(folder), folder / "model.safetensors"
     good = load_file(file)
     name = "model.layers.2.mlp.up_proj.weight"
@@ -219,15 +223,48 @@ def test_names_missing_unexpected_and_misshapen_tensors(folder: Path) -> None:
         ({key: value for key, value in good.items() if key != name}, f"missing.*{name}"),
         (good | {"model.layers.9.extra": torch.ones(2)}, r"unexpected tensor 'model.layers.9.extra' \[2\]"),
         (good | {name: torch.ones(3, 4)}, rf"'{name}' is \[3, 4\], the config says \[192, 96\]"),
+        (good | {name: good[name][:96].clone()}, rf"'{name}' is \[96, 96\], the config says \[192, 96\]"),
+        (good | {name: torch.tensor(1.0)}, rf"'{name}' is \[\], the config says"),
         (good | {name: good[name].to(torch.int8)}, f"'{name}' is torch.int8"),
         (good | {name: good[name].to(torch.float8_e4m3fn)}, f"'{name}' is torch.float8_e4m3fn"),
     ):
         save_file(tensors, file)
         with pytest.raises(UnsupportedModel, match=message):
-            load_weights(folder, config, torch.float32)
+            load_weights(folder, config, torch.float32, shard=shard)
     file.unlink()
     with pytest.raises(UnsupportedModel, match="only safetensors"):
         load_weights(folder, config, torch.float32)
+
+
+def test_a_bias_that_is_rank_0s_must_be_right_for_all(folder: Path) -> None:
+    """Those behind a sum over the ranks are added once; the others only look at them."""
+    config = replace(ModelConfig.from_folder(folder), output_bias=True, mlp_bias=True)
+    file = folder / "model.safetensors"
+    name = "model.layers.1.self_attn.o_proj.bias"
+    biases = {
+        f"model.layers.{layer}.{where}.bias": torch.full((size,), 2.0)
+        for layer in range(4)
+        for where, size in (
+            ("self_attn.o_proj", 96),
+            ("mlp.down_proj", 96),
+            ("mlp.gate_proj", 192),
+            ("mlp.up_proj", 192),
+        )
+    }
+    good = load_file(file) | biases
+    save_file(good, file)
+    for rank in range(2):
+        for layer in load_weights(folder, config, torch.float32, shard=Shard(rank, 2)).layers:
+            own, shared = layer.gate_up.bias, [layer.output.bias, layer.down.bias]
+            assert own is not None and own.eq(2.0).all() and len(own) == 192
+            assert all(bias is None if rank else bias is not None and bias.eq(2.0).all() for bias in shared)
+    for tensors, message in (
+        ({key: value for key, value in good.items() if key != name}, f"missing.*{name}"),
+        (good | {name: torch.ones(48)}, rf"'{name}' is \[48\], the config says \[96\]"),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(UnsupportedModel, match=message):
+            load_weights(folder, config, torch.float32, shard=Shard(1, 2))
 
 
 def test_shards_are_the_same_model(folder: Path) -> None:
@@ -288,6 +325,60 @@ def test_sizes_of_the_cache() -> None:
         load_runner(TINY, num_blocks=3, kv_bytes=1 << 20)
 
 
+def test_a_cache_in_memory_that_was_given() -> None:
+    config = ModelConfig.from_folder(TINY)
+    size = storage_bytes(config, 10, 3, torch.bfloat16, 1)
+    assert size == 4 * 1920  # 2 * 10 * 3 * 16 * 2 bytes a layer, a multiple of 64
+    assert storage_bytes(config, 1, 1, torch.bfloat16, 1) == 4 * 64
+    odd = KVCache(replace(config, head_dim=6), 7, 3, torch.bfloat16, kv_heads=1)
+    assert odd.size_bytes == 4 * 504 and odd.storage.nbytes == 4 * 512
+    assert not any(layer.data_ptr() % 64 for layer in odd.layers)
+    memory = torch.full((size + 100,), 255, dtype=torch.uint8)
+    asked = []
+
+    def give(wanted: int) -> torch.Tensor:
+        asked.append(wanted)
+        return memory
+
+    cache = KVCache(config, 10, 3, torch.bfloat16, kv_heads=1, storage=give)
+    assert asked == [size] and cache.storage.data_ptr() == memory.data_ptr() and len(cache.storage) == size
+    assert all(layer.eq(0).all() for layer in cache.layers) and memory[size:].eq(255).all()
+    for layer in cache.layers:
+        assert not layer.data_ptr() % 64
+        layer.fill_(1.0)
+    ones = torch.ones(1, dtype=torch.bfloat16).view(torch.uint8).tolist()
+    assert memory[:size].view(-1, 2).eq(torch.tensor(ones)).all()  # they are all of it
+    for storage, message in (
+        (
+            torch.empty(size - 1, dtype=torch.uint8),
+            f"storage has {size - 1} bytes, the KV blocks take {size}",
+        ),
+        (torch.empty(size), r"storage is torch.float32 \[7680\]: expected contiguous uint8"),
+        (torch.empty(2, size, dtype=torch.uint8), r"\[2, 7680\]: expected contiguous"),
+        (torch.empty(2 * size, dtype=torch.uint8)[::2], "expected contiguous"),
+        (torch.empty(size + 64, dtype=torch.uint8)[1:], "expected a multiple of 64"),
+        (torch.empty(size, dtype=torch.uint8, device="meta"), "storage is on meta, the cache on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KVCache(config, 10, 3, torch.bfloat16, kv_heads=1, storage=storage)
+    runner = load_runner(TINY, num_blocks=4, storage=lambda wanted: torch.empty(wanted, dtype=torch.uint8))
+    assert runner.kv_cache.num_blocks == 4 and runner.kv_cache.storage.eq(0).all()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+def test_the_number_of_blocks_is_that_of_the_rank_with_most_heads(tp: int) -> None:
+    config = replace(ModelConfig.from_folder(TINY), q_heads=9, kv_heads=3)
+    widest = max(len(shard.kv_heads(9, 3)) for shard in shards(tp))
+    assert widest == {1: 3, 2: 2, 3: 1, 4: 2}[tp]
+    needed = block_bytes(config, 16, torch.float32, widest)
+    assert blocks_in(5 * needed, config, 16, torch.float32, tp) == 5
+    assert blocks_in(6 * needed - 1, config, 16, torch.float32, tp) == 5
+    with pytest.raises(
+        ValueError, match=f"{needed - 1} bytes hold no KV block: one of 16 tokens takes {needed}"
+    ):
+        blocks_in(needed - 1, config, 16, torch.float32, tp)
+
+
 def test_fingerprint_names_the_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = fingerprint(TINY)
     assert len(name) == 32 and fingerprint(folder) == name
@@ -342,55 +433,79 @@ def test_the_script_makes_the_committed_folder(tmp_path: Path) -> None:
 
 
 _LOAD = """
-import sys
+import json, sys, threading
 from pathlib import Path
-from engine.runner import load_runner
+import torch
+from engine.model_config import ModelConfig
+from engine.shards import Shard
+from engine.weights import load_weights
+
+torch.set_num_threads(1)
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
-load_runner(sys.argv[1], num_blocks=1)  # what torch itself needs
-before, peak = anonymous(), 0
-def watch(done, total):
+small, large, rank, tp = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+load_weights(small, ModelConfig.from_folder(small), torch.float32)  # what torch itself needs
+before, peak, over = anonymous(), 0, threading.Event()
+def watch(*_):
     global peak
     peak = max(peak, anonymous())
-runner = load_runner(sys.argv[2], num_blocks=1, progress=watch)
-print(peak - before, anonymous() - before)
+def watch_packing():
+    while not over.wait(0.0005):
+        watch()
+watcher = threading.Thread(target=watch_packing)
+watcher.start()
+weights = load_weights(large, ModelConfig.from_folder(large), torch.float32, progress=watch, shard=Shard(rank, tp))
+over.set()
+watcher.join()
+after = anonymous() - before
+print(json.dumps([peak - before, after]))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_weights_are_never_in_memory_twice(folder: Path) -> None:
-    """Anonymous memory while loading and after: one model, and the one matrix that is just being packed."""
-    edit(folder, hidden_size=512, intermediate_size=4096, num_hidden_layers=4, head_dim=64)
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 220 MB, nearly all of it in the matrices of its layers and 34 MB in the largest."""
+    folder = tmp_path_factory.mktemp("large")
+    shutil.copytree(TINY, folder, dirs_exist_ok=True)
+    edit(folder, hidden_size=512, intermediate_size=8192, num_hidden_layers=3, head_dim=64, vocab_size=16384)
     shapes = {
         "self_attn.q_proj": (512, 512),
         "self_attn.k_proj": (256, 512),
         "self_attn.v_proj": (256, 512),
         "self_attn.o_proj": (512, 512),
-        "mlp.gate_proj": (4096, 512),
-        "mlp.up_proj": (4096, 512),
-        "mlp.down_proj": (512, 4096),
+        "mlp.gate_proj": (8192, 512),
+        "mlp.up_proj": (8192, 512),
+        "mlp.down_proj": (512, 8192),
         "input_layernorm": (512,),
         "post_attention_layernorm": (512,),
     }
     tensors = {
         f"model.layers.{layer}.{name}.weight": torch.ones(shape)
-        for layer in range(4)
+        for layer in range(3)
         for name, shape in shapes.items()
     }
-    tensors |= {f"{name}.weight": torch.ones(262, 512) for name in ("lm_head", "model.embed_tokens")}
+    tensors |= {f"{name}.weight": torch.ones(16384, 512) for name in ("lm_head", "model.embed_tokens")}
     save_file(tensors | {"model.norm.weight": torch.ones(512)}, folder / "model.safetensors")
-    size = (folder / "model.safetensors").stat().st_size
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_rank_holds_its_share_and_never_much_more(tp: int, large: Path) -> None:
+    """Anonymous memory while loading and after: one share, and the one matrix that is just being packed."""
+    size = (large / "model.safetensors").stat().st_size
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, str(TINY), str(folder)],
+        [sys.executable, "-c", _LOAD, str(TINY), str(large), str(tp - 1), str(tp)],
         cwd=TINY.parents[1],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    peak, after = map(int, done.stdout.split())
-    assert 0.9 * size < after < 1.1 * size
-    assert peak < 1.2 * size
+    peak, after = json.loads(done.stdout)
+    share, matrix = size / tp, 2 * 8192 * 512 * 4 / tp
+    assert 0.95 * share < after < 1.1 * share
+    assert peak < 1.1 * share + matrix  # allocated: 1.3 shares and a whole tensor

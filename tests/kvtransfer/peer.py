@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import msgspec
 import numpy as np
@@ -44,7 +44,7 @@ def receive(sock: socket.socket) -> Any:
 class PeerProcess:
     """The parent's handle. Methods of `Peer` are called by name: `peer.call("landing")`."""
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, environment: dict[str, str] | None = None, stderr: IO[str] | None = None) -> None:
         mine, theirs = socket.socketpair()
         root = Path(__file__).parents[2]
         self.sock = mine
@@ -55,6 +55,7 @@ class PeerProcess:
             cwd=root,
             pass_fds=[theirs.fileno()],
             env=os.environ | {"PYTHONPATH": str(root)} | (environment or {}),
+            stderr=stderr,
         )
         theirs.close()
 
@@ -118,6 +119,9 @@ class Peer:
 
     def gone(self, peer: str) -> bool:
         return self.it.gone(peer)
+
+    def devices(self) -> str:
+        return self.it.devices
 
     def landing(self) -> bytes:
         return self.it.landing.tobytes()

@@ -19,7 +19,8 @@ from engine.api import Logprobs, SamplingParams
 from router import links
 from router.dispatch import WorkerDispatcher
 from router.dispatch_api import ChoiceEnded, Ended, NewTokens, Prompt, PromptScores, RefusalKind, Refused
-from router.policy import POLICIES, Ask, choose
+from router.policies import POLICIES
+from router.policy import Ask, choose
 from router.spec import RouterSpec
 from router.view import ClusterView
 

@@ -95,6 +95,7 @@ async def deployed(folder: Path, worker: HandWorker) -> AsyncIterator[Deployment
         model_path=str(folder),
         served_name="m",
         max_model_len=200,
+        policy="threshold",
         local_below_tokens=8,
         restarts=2,
     )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.policy import POLICIES, Ask, NoWorker, threshold
+from router.policies import POLICIES, find, threshold
+from router.policy import Ask, Decision, NoRoom, NoWorker, PolicyError, choose
 from router.view import ClusterView
 
 
@@ -63,8 +68,11 @@ def test_without_a_decode_worker(name: str) -> None:
         POLICIES[name](_ask(500), cluster.view, 0.0)
 
 
+LEAST_LOADED = ["threshold", "always-remote", "always-local"]
+
+
 @given(
-    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(LEAST_LOADED),
     st.dictionaries(
         st.sampled_from(["a", "b", "c", "d"]), st.tuples(st.booleans(), st.integers(0, 9)), min_size=1
     ),
@@ -126,7 +134,8 @@ def test_reasons_have_a_few_codes(name: str, uncached: int, below: int, loads: l
     """The words of a reason have numbers in them; a metric's label must not."""
     view = _cluster({"d0": 0}, {f"p{at}": load for at, load in enumerate(loads)}).view
     decision = POLICIES[name](_ask(uncached, below=below), view, 0.0)
-    assert decision.code in {"short", "long", "no_prefill_worker", "prefill_busy", "always"}
+    codes = {"short", "long", "no_prefill_worker", "prefill_busy", "always", "random", "turn", "slo", "cost"}
+    assert decision.code in codes
     assert decision.kind == decision.reason.partition(":")[0]
 
 
@@ -182,3 +191,91 @@ def test_cached_or_not_no_policy_picks_a_lost_worker(data: st.DataObject) -> Non
         assert usable[int(decision.decode_worker[1:])]
         if decision.prefill_worker is not None:
             assert usable[count + int(decision.prefill_worker[1:])]
+
+
+@given(
+    name=st.sampled_from(sorted(POLICIES)),
+    decode=st.lists(st.sampled_from(["well", "lost", "draining", "full"]), min_size=1, max_size=20),
+    prefill=st.lists(st.sampled_from(["well", "lost", "draining", "full"]), max_size=20),
+    uncached=st.integers(0, 5000),
+    seed=st.integers(0, 1 << 30),
+)
+def test_no_policy_picks_a_lost_draining_or_full_worker(
+    name: str, decode: list[str], prefill: list[str], uncached: int, seed: int
+) -> None:
+    states = {f"d{at}": state for at, state in enumerate(decode)}
+    states |= {f"p{at}": state for at, state in enumerate(prefill)}
+    cluster = ClusterView()
+    cluster.set_workers([one for one in states if one[0] == "d"], [one for one in states if one[0] == "p"])
+    cluster.decided = seed % 1000
+    rng = np.random.default_rng(seed)
+    for worker_id, state in states.items():
+        book = cluster.decode if worker_id[0] == "d" else cluster.prefill
+        book.set_usable(worker_id, state != "lost")
+        book.set_draining(worker_id, state == "draining")
+        book.report(worker_id, int(rng.integers(0, 5)))
+        book.tell(worker_id, {"room": 0.0 if state == "full" else 3.0, "running": float(rng.integers(0, 9))})
+    cached = [rng.integers(0, 1000, len(workers)) for workers in (decode, prefill)]
+    asked = replace(_ask(uncached), request_id=str(seed), decode_cached=cached[0], prefill_cached=cached[1])
+    if "well" not in decode:
+        with pytest.raises(NoWorker) as refused:
+            choose(POLICIES[name], asked, cluster.view, 0.0)
+        assert isinstance(refused.value, NoRoom) == ("full" in decode)
+        return
+    decision = choose(POLICIES[name], asked, cluster.view, 0.0)
+    for chosen in (decision.decode_worker, decision.prefill_worker, decision.alternative):
+        assert chosen is None or states[chosen] == "well"
+
+
+def test_a_worker_is_full_when_what_was_placed_fills_it() -> None:
+    cluster = _cluster({"d0": 0}, {})
+    cluster.decode.tell("d0", {"room": 2.0})
+    cluster.decode.expect("d0", 0.0, 10, 0, 0)
+    assert choose(POLICIES["cost"], _ask(5), cluster.view, 0.0).decode_worker == "d0"
+    cluster.decode.expect("d0", 0.0, 10, 0, 0)
+    with pytest.raises(NoRoom):
+        choose(POLICIES["cost"], _ask(5), cluster.view, 0.0)
+
+
+def test_random_is_drawn_from_the_requests_id() -> None:
+    view = _cluster({"d0": 0, "d1": 0}, {"p0": 0, "p1": 0}).view
+
+    def ways() -> list[tuple[str, str | None]]:
+        asked = [replace(_ask(9), request_id=f"request-{number}") for number in range(200)]
+        decisions = [POLICIES["random"](ask, view, 0.0) for ask in asked]
+        return [(one.decode_worker, one.prefill_worker) for one in decisions]
+
+    first = ways()
+    assert first == ways()
+    assert set(first) == {(d, p) for d in ("d0", "d1") for p in ("p0", "p1", None)}
+
+
+def test_round_robin_visits_every_pair() -> None:
+    cluster = _cluster({"d0": 0, "d1": 0}, {"p0": 0, "p1": 0})
+    pairs = []
+    for _ in range(8):
+        decision = POLICIES["round-robin"](_ask(9), cluster.view, 0.0)
+        cluster.decided += 1
+        pairs.append((decision.decode_worker, decision.prefill_worker))
+    assert len(set(pairs[:4])) == 4 and pairs[:4] == pairs[4:]
+
+
+def test_an_answer_that_cannot_be_carried_out_is_refused() -> None:
+    view = _cluster({"d0": 0}, {"p0": 0}).view
+    for decode, prefill in (("d1", None), ("d0", "p1"), ("p0", None)):
+        with pytest.raises(PolicyError, match="which is no"):
+            choose(lambda *_, d=decode, p=prefill: Decision(d, p, "", 0, ""), _ask(9), view, 0.0)
+
+
+def test_the_example_of_the_documentation_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "away.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    policy = find("away:long_prompts_away")
+    cluster = _cluster({"d0": 0, "d1": 0}, {"p0": 0, "p1": 0})
+    cluster.decode.tell("d0", {"running": 5.0})
+    cluster.prefill.expect("p0", 0.0, 100, 0, 0)
+    short, long = (choose(policy, _ask(tokens), cluster.view, 0.0) for tokens in (10, 2000))
+    assert (short.decode_worker, short.prefill_worker) == ("d1", None)
+    assert (long.decode_worker, long.prefill_worker) == ("d1", "p1")

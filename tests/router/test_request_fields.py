@@ -21,6 +21,22 @@ def test_priority_and_cache_salt_over_both_doors() -> None:
     assert (absent.priority, absent.salt) == (0, "")
 
 
+def test_targets_over_both_doors() -> None:
+    over_grpc = _call(api.GenerateRequest(text="x", ttft_ms=300, itl_ms=20))
+    (over_http,) = parse(CompletionBody, b'{"prompt": "x", "ttft_ms": 300, "itl_ms": 20}').calls("r")
+    for call in (over_grpc, over_http):
+        assert (call.ttft_ms, call.itl_ms) == (300, 20)
+    assert (_call(api.GenerateRequest(text="x")).ttft_ms, GenerateCall().itl_ms) == (None, None)
+
+
+@pytest.mark.parametrize("field", ["ttft_ms", "itl_ms"])
+@pytest.mark.parametrize("value", [0, -5, 10**9])
+def test_a_target_out_of_bounds_is_named(field: str, value: int) -> None:
+    with pytest.raises(Refused, match=f"{field} must be between 1 and") as refused:
+        check_sampling(GenerateCall(**{field: value}), 100)  # type: ignore[arg-type]
+    assert refused.value.param == field
+
+
 @pytest.mark.parametrize(
     "call", [GenerateCall(priority=1001), GenerateCall(priority=-1001), GenerateCall(salt="s" * 257)]
 )

@@ -29,6 +29,9 @@ _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit
 # Policies of one's own see the limits and may use them.
 _WITHOUT_THRESHOLDS = frozenset(POLICIES) - {"threshold"}
 
+# Between the ports of one router and those of the next.
+ROUTER_PORT_STEP = 10
+
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -94,6 +97,7 @@ class DecodeSection(PoolSection):
 class RouterSection(_Section):
     """The front doors and the policy behind them."""
 
+    replicas: Positive = 1  # side by side, each with doors of its own: router 1 at ports 10 above, and so on
     http: str = "127.0.0.1:8000"
     grpc: str = "127.0.0.1:8001"
     advertise_host: str = (
@@ -230,12 +234,30 @@ class Config(_Section):
             raise ValueError(
                 f"router.http = router.grpc = {self.router.http!r}: two servers cannot share a port; change one"
             )
+        doors = [
+            router_address(door, index)
+            for index in range(self.router.replicas)
+            for door in (self.router.http, self.router.grpc)
+            if not door.endswith(":0")
+        ]
+        if len(set(doors)) < len(doors) or any(int(door.rpartition(":")[2]) > 65535 for door in doors):
+            raise ValueError(
+                f"router.replicas = {self.router.replicas}: the ports of the routers ({', '.join(doors)}) meet or "
+                f"are above 65535, since each router listens {ROUTER_PORT_STEP} above the one before; choose "
+                "router.http and router.grpc anew"
+            )
         if self.cluster.restart_backoff_max_s < self.cluster.restart_backoff_s:
             raise ValueError(
                 f"cluster.restart_backoff_max_s = {self.cluster.restart_backoff_max_s}: is below "
                 f"cluster.restart_backoff_s = {self.cluster.restart_backoff_s}; raise it"
             )
         return self
+
+
+def router_address(first: str, index: int) -> str:
+    """Where router `index` listens when router 0 listens at `first` (HOST:PORT; port 0 takes any free one)."""
+    host, _, port = first.rpartition(":")
+    return f"{host}:{int(port) + index * ROUTER_PORT_STEP if int(port) else 0}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -61,7 +61,7 @@ def serve(config: Config, programs: Programs | None = None) -> int:
         supervisor = Supervisor(
             config.cluster,
             specs.seats(config, model, token),
-            specs.router_spec(config, model, token),
+            specs.router_specs(config, model, token),
             launcher,
             log_dir=log_dir,
             mark=mark,
@@ -69,10 +69,11 @@ def serve(config: Config, programs: Programs | None = None) -> int:
             router_command=programs.router,
         )
 
-        def announce(router: RouterStarted) -> None:
+        def announce(routers: list[RouterStarted]) -> None:
             advertised = config.router.advertise_host
             http, grpc = (
-                specs.reachable(door, advertised, launcher.host) for door in (router.http, router.grpc)
+                ",".join(specs.reachable(door, advertised, launcher.host) for door in doors)
+                for doors in ([router.http for router in routers], [router.grpc for router in routers])
             )
             # The one line on standard output.
             sys.stdout.write(f"baton ready http={http} grpc={grpc}\n")
@@ -102,7 +103,9 @@ def make_launcher(
     )
 
 
-async def _run(supervisor: Supervisor, report: Report, announce: Callable[[RouterStarted], None]) -> int:
+async def _run(
+    supervisor: Supervisor, report: Report, announce: Callable[[list[RouterStarted]], None]
+) -> int:
     stop = asyncio.Event()
     first_at = 0.0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.config import Config, PoolSection
+from cluster.config import Config, PoolSection, router_address
 from cluster.config_errors import ConfigError
 from engine.model_config import ModelConfig, UnsupportedModel
 from router.spec import RouterSpec
@@ -87,6 +87,20 @@ def model_config(config: Config) -> ModelConfig:
 
 def max_model_len(config: Config, model: ModelConfig) -> int:
     return config.model.max_model_len or model.max_positions
+
+
+def router_specs(config: Config, model: ModelConfig, token: str) -> list[RouterSpec]:
+    """Every router of the deployment. They differ in name and ports (`router_address`) and share nothing."""
+    first = router_spec(config, model, token)
+    return [
+        msgspec.structs.replace(
+            first,
+            router_id=f"router-{index}",
+            http=router_address(first.http, index),
+            grpc=router_address(first.grpc, index),
+        )
+        for index in range(config.router.replicas)
+    ]
 
 
 def router_spec(config: Config, model: ModelConfig, token: str) -> RouterSpec:

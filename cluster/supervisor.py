@@ -1,4 +1,4 @@
-"""Runs one deployment: starts its workers and router, tells them of each other, replaces what dies, stops all.
+"""Runs one deployment: starts its workers and routers, tells them of each other, replaces what dies, stops all.
 
 Each process has one task that keeps it: start, watch one life, remove it from the members at once, pause, start again.
 Until everything was ready once, a process that keeps failing is an error that ends the deployment; afterwards it is
@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ class SupervisorError(RuntimeError):
     """The deployment cannot run; the message says which process and quotes its log."""
 
 
+@dataclass(slots=True, eq=False)
+class RouterSeat:
+    """One router's place in the deployment. From its first life on, `spec` names the ports where that one listened, so
+    that clients find the next."""
+
+    name: str
+    spec: RouterSpec
+    started: RouterStarted | None = None  # while it runs
+    child: ChildProcess | None = None
+
+
 class Supervisor:
     """One deployment from start to stop. Use `run` once."""
 
@@ -49,7 +61,7 @@ class Supervisor:
         self,
         settings: ClusterSection,
         seats: list[Seat],
-        router: RouterSpec,
+        routers: list[RouterSpec],
         launcher: Launcher,
         *,
         log_dir: Path,
@@ -59,30 +71,31 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._seats = seats
-        self._router_spec = router
+        self._routers = [
+            RouterSeat(spec.router_id if len(routers) > 1 else "router", spec) for spec in routers
+        ]
         self._launcher = launcher
         self._log_dir = log_dir
         self._mark = mark
         self._report = report
         self._router_command = router_command
-        self._token = router.token
+        self._token = routers[0].token
         self._membership = Membership()
         self._peers: dict[
             str, frozenset[str]
         ] = {}  # incarnation of a decode worker -> incarnations it is linked to
-        self._router: RouterStarted | None = None
-        self._router_child: ChildProcess | None = None
         self._handles: set[WorkerHandle] = set()
         self._launcher_open = asyncio.Event()
         self._was_ready = asyncio.Event()
 
-    async def run(self, stop: asyncio.Event, announce: Callable[[RouterStarted], None]) -> None:
+    async def run(self, stop: asyncio.Event, announce: Callable[[list[RouterStarted]], None]) -> None:
         """Runs until `stop` is set; calls `announce` once, when all is ready.
 
         Raises SupervisorError when the deployment does not get ready. Either way all that was started is over then.
         """
         self._report.open()
-        jobs: list[Coroutine[Any, Any, None]] = [self._open_launcher(), self._keep_router()]
+        jobs: list[Coroutine[Any, Any, None]] = [self._open_launcher()]
+        jobs += [self._keep_router(router) for router in self._routers]
         jobs += [self._keep_worker(seat) for seat in self._seats]
         jobs += [self._announce_when_ready(announce)]
         tasks: set[asyncio.Task[Any]] = {asyncio.create_task(job) for job in jobs}
@@ -103,8 +116,9 @@ class Supervisor:
 
     def kill_now(self) -> None:
         """Kills everything without waiting: the second Ctrl-C."""
-        if self._router_child is not None:
-            self._router_child.kill_now()
+        for router in self._routers:
+            if router.child is not None:
+                router.child.kill_now()
         self._launcher.kill_now()
         guard.sweep(self._mark)
 
@@ -171,32 +185,31 @@ class Supervisor:
                     return f"its process runs but {problem} for {silent_s:.0f} s"
                 await asyncio.sleep(_ASK_EVERY_S if self._was_ready.is_set() else _ASK_EVERY_AT_START_S)
 
-    # ---- router ------------------------------------------------------------------------------------------------
+    # ---- routers -----------------------------------------------------------------------------------------------
 
-    async def _keep_router(self) -> None:
-        await self._keep("router", self._router_life)
+    async def _keep_router(self, router: RouterSeat) -> None:
+        await self._keep(router.name, lambda restarts: self._router_life(router, restarts))
 
-    async def _router_life(self, restarts: int) -> str:
-        path = self._log_dir / "router.log"
+    async def _router_life(self, router: RouterSeat, restarts: int) -> str:
+        path = self._log_dir / f"{router.name}.log"
         child, line = await ChildProcess.start(
             self._router_command,
-            msgspec.json.encode(msgspec.structs.replace(self._router_spec, restarts=restarts)),
-            name="router",
+            msgspec.json.encode(msgspec.structs.replace(router.spec, restarts=restarts)),
+            name=router.name,
             log=path,
             timeout_s=self._settings.start_timeout_s,
             environment={guard.MARK: self._mark},
         )
-        self._router_child = child
+        router.child = child
         started = msgspec.json.decode(line, type=RouterStarted)
-        # A new life listens where the first one did, so that clients find it.
-        self._router_spec = msgspec.structs.replace(self._router_spec, http=started.http, grpc=started.grpc)
-        self._router = started
-        self._report.ready("router", f"pid {started.pid}, http {started.http}, grpc {started.grpc}")
+        router.spec = msgspec.structs.replace(router.spec, http=started.http, grpc=started.grpc)
+        router.started = started
+        self._report.ready(router.name, f"pid {started.pid}, http {started.http}, grpc {started.grpc}")
         pushing = asyncio.create_task(push_members(dialable(started.grpc), self._token, self._membership))
         try:
             reason = await child.wait_dead()
         finally:
-            self._router = None
+            router.started = None
             await _cancel(pushing)
         await child.kill()
         return f"{reason}; the end of its log:\n{log_tail(path)}"
@@ -225,7 +238,7 @@ class Supervisor:
             self._report.problem(f"{reason}\n{name}: starting it again in {pause_s:.1f} s")
             await asyncio.sleep(pause_s)
 
-    async def _announce_when_ready(self, announce: Callable[[RouterStarted], None]) -> None:
+    async def _announce_when_ready(self, announce: Callable[[list[RouterStarted]], None]) -> None:
         self._report.starting("links")
         deadline = time.monotonic() + self._settings.start_timeout_s
         while missing := await self._missing():
@@ -240,10 +253,10 @@ class Supervisor:
                     f"not ready within {self._settings.start_timeout_s:g} s (cluster.start_timeout_s): {missing}"
                 )
             await asyncio.sleep(_ASK_EVERY_AT_START_S)
-        assert self._router is not None
+        started = [router.started for router in self._routers if router.started is not None]
         self._was_ready.set()
         self._report.close()
-        announce(self._router)
+        announce(started)
 
     def _show_loading(self, worker_id: str) -> None:
         """A worker says in its log how much of a large model it has read."""
@@ -262,8 +275,6 @@ class Supervisor:
         absent = self._absent()
         if absent:
             return f"{', '.join(absent)} not started"
-        if self._router is None:
-            return "the router has not started"
         for decode in self._membership.role("decode"):
             linked = self._peers.get(decode.incarnation, frozenset())
             apart = [
@@ -273,20 +284,30 @@ class Supervisor:
             ]
             if apart:
                 return f"{decode.worker_id} is not linked with {', '.join(apart)}"
-        address = dialable(self._router.grpc)
+        for router in self._routers:
+            missing = await self._router_missing(router)
+            if missing:
+                return missing
+        return ""
+
+    async def _router_missing(self, router: RouterSeat) -> str:
+        if router.started is None:
+            return f"the {router.name} has not started"
+        address = dialable(router.started.grpc)
         try:
             async with rpc.channel(address) as channel:
                 stub = inference_pb2_grpc.InferenceStub(channel)
                 status = await stub.Status(inference_pb2.StatusRequest(), timeout=_ASK_S)
         except grpc.aio.AioRpcError as error:
-            return f"the router at {address} does not answer: {error.code().name} {error.details()}"
-        return "" if status.ready and self._router is not None else "the router does not say that it is ready"
+            return f"the {router.name} at {address} does not answer: {error.code().name} {error.details()}"
+        ready = status.ready and all(other.started is not None for other in self._routers)
+        return "" if ready else f"the {router.name} does not say that it is ready"
 
     async def _stop_all(self) -> None:
-        """The router first, so that what it still streams can end; then the workers together; then what is left."""
+        """The routers first, so that what it still streams can end; then the workers together; then what is left."""
         ends = time.monotonic() + self._settings.stop_timeout_s
-        if self._router_child is not None:
-            await self._router_child.stop(self._settings.stop_timeout_s / 2)
+        children = [router.child for router in self._routers if router.child is not None]
+        await asyncio.gather(*(child.stop(self._settings.stop_timeout_s / 2) for child in children))
         stops = [handle.stop(max(0.1, ends - time.monotonic())) for handle in self._handles]
         await asyncio.gather(*stops, return_exceptions=True)
         await self._launcher.close()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.attention import GATHER_BYTES, AttentionPlan, Rows
-from engine.collective import Collective
+from engine.collective import Collective, SharedMemory
 from engine.kv_cache import KVCache, Storage, blocks_in
 from engine.logits import shaped
 from engine.logprobs import drawn_logprobs, score
@@ -186,6 +186,10 @@ def load_runner(
         raise ValueError("give exactly one of num_blocks and kv_bytes")
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected 'auto' or one of {sorted(DTYPES)}")
+    if isinstance(collective, SharedMemory) and torch.device(device).type != "cpu":
+        raise ValueError(
+            f"device={device!r}: shared memory is for ranks on CPUs, engine.distributed for others"
+        )
     config = ModelConfig.from_folder(path)
     resolved = DTYPES[config.dtype if dtype == "auto" else dtype]
     shard = _shard(collective)

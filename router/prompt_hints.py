@@ -4,9 +4,15 @@ looks. Pure; made by the dispatcher once for a request, kept while its placement
 
 from __future__ import annotations
 
-from engine.prefix import HINT_BYTES, names
+from itertools import islice
+from struct import Struct
+
+from engine.prefix import names
 
 _STRIDE = 64  # blocks compared at once
+_AHEAD = 32  # blocks hashed at once, at most
+
+_hint = Struct("<Q").unpack_from  # of a name: its first HINT_BYTES
 
 
 class HintChain:
@@ -23,9 +29,12 @@ class HintChain:
 
     def __getitem__(self, at: int) -> int:
         """The hint of block `at` < `blocks`."""
-        while at >= len(self.known):
-            self.known.append(int.from_bytes(next(self._names)[:HINT_BYTES], "little"))
-        return self.known[at]
+        known = self.known
+        while at >= len(known):
+            # Several at once are cheaper; at most a quarter more than was asked for.
+            ahead = min(_AHEAD, 1 + len(known) // 4)
+            known += [_hint(name)[0] for name in islice(self._names, ahead)]
+        return known[at]
 
     def common_end(self, other: HintChain, start: int) -> int:
         """The first block from `start` on that differs from the other's, whose blocks are of the same size."""

@@ -115,7 +115,8 @@ def open_shell(spec: WorkerSpec) -> FakeShell:
 class FakeRouter(inference_pb2_grpc.InferenceServicer):
     def __init__(self, spec: RouterSpec) -> None:
         self.spec = spec
-        self.members = Members(Path(spec.model_path) / "members-router.json")
+        name = spec.router_id.replace("router-0", "router")
+        self.members = Members(Path(spec.model_path) / f"members-{name}.json")
 
     async def Status(self, request: object, context: object) -> inference_pb2.StatusResponse:
         return inference_pb2.StatusResponse(

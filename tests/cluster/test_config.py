@@ -105,6 +105,12 @@ def test_the_tree_is_frozen() -> None:
         ),
         ({"router": {"http": "localhost"}}, ["router.http = 'localhost'", "HOST:PORT"]),
         ({"router": {"http": "localhost:99999"}}, ["router.http", "HOST:PORT"]),
+        (
+            {"router": {"http": "a:8000", "grpc": "a:8010", "replicas": 2}},
+            ["router.replicas = 2", "a:8010, a:8020", "anew"],
+        ),
+        ({"router": {"http": "a:65530", "replicas": 2}}, ["router.replicas = 2", "a:65540", "65535"]),
+        ({"router": {"prefix_index_entries": 0}}, ["router.prefix_index_entries = 0", "at least 1"]),
         ({"router": {"http": "a:1", "grpc": "a:1"}}, ["router.http = router.grpc = 'a:1'", "change one"]),
         (
             {"router": {"policy": "treshold"}},

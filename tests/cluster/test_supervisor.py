@@ -77,7 +77,7 @@ async def test_a_change_wakes_who_waits_for_it() -> None:
 class Deployment:
     """A running supervisor and what it said."""
 
-    def __init__(self, folder: Path, **cluster: object) -> None:
+    def __init__(self, folder: Path, *, routers: int = 1, **cluster: object) -> None:
         self.folder = make_model(folder / "model")
         self.mark = uuid.uuid4().hex
         fast = {
@@ -90,7 +90,7 @@ class Deployment:
             {
                 "model": {"path": str(self.folder)},
                 "prefill": {"replicas": 2},
-                "router": {"grpc": "127.0.0.1:0"},
+                "router": {"grpc": "127.0.0.1:0", "replicas": routers},
                 "cluster": fast | cluster,
             },
             "test",
@@ -99,7 +99,7 @@ class Deployment:
         self.supervisor = Supervisor(
             config.cluster,
             specs.seats(config, facts, "secret"),
-            specs.router_spec(config, facts, "secret"),
+            specs.router_specs(config, facts, "secret"),
             PlainLauncher(fakes.COMMANDS, log_dir=folder, start_timeout_s=30.0, mark=self.mark),
             log_dir=folder,
             mark=self.mark,
@@ -107,7 +107,7 @@ class Deployment:
             router_command=fakes.ROUTER,
         )
         self.stop = asyncio.Event()
-        self.ready: asyncio.Future[RouterStarted] = asyncio.get_running_loop().create_future()
+        self.ready: asyncio.Future[list[RouterStarted]] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         await self.supervisor.run(self.stop, self.ready.set_result)
@@ -121,8 +121,8 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployed(folder: Path, **cluster: object) -> AsyncIterator[Deployment]:
-    deployment = Deployment(folder, **cluster)
+async def deployed(folder: Path, *, routers: int = 1, **cluster: object) -> AsyncIterator[Deployment]:
+    deployment = Deployment(folder, routers=routers, **cluster)
     run = asyncio.create_task(deployment.run())
     try:
         either: set[asyncio.Future[Any]] = {run, deployment.ready}
@@ -148,7 +148,7 @@ async def test_ready_means_linked_and_everybody_knows_everybody(tmp_path: Path) 
         await eventually(
             lambda: members(deployment.folder, "router")["members"] == told, "the router knows the same"
         )
-        async with rpc.channel(deployment.ready.result().grpc) as channel:
+        async with rpc.channel(deployment.ready.result()[0].grpc) as channel:
             status = await inference_pb2_grpc.InferenceStub(channel).Status(
                 inference_pb2.StatusRequest(), timeout=10
             )
@@ -199,16 +199,35 @@ async def test_a_dead_worker_leaves_the_members_before_it_is_replaced(tmp_path: 
 
 async def test_a_dead_router_comes_back_at_the_same_address_and_is_told_the_members(tmp_path: Path) -> None:
     async with deployed(tmp_path) as deployment:
-        address = deployment.ready.result().grpc
+        (router,) = deployment.supervisor._routers
+        (started,) = deployment.ready.result()
         expected = members(deployment.folder, "router")["members"]
         (deployment.folder / "members-router.json").unlink()
-        child = deployment.supervisor._router_child
-        assert child is not None
-        child.kill_now()
+        assert router.child is not None
+        router.child.kill_now()
         await eventually(
             lambda: members(deployment.folder, "router")["members"] == expected, "the new one was told"
         )
-        assert deployment.supervisor._router is not None and deployment.supervisor._router.grpc == address
+        assert router.started is not None and router.started.grpc == started.grpc
+
+
+async def test_routers_side_by_side_are_each_told_the_members_and_live_by_themselves(tmp_path: Path) -> None:
+    async with deployed(tmp_path, routers=2) as deployment:
+        first, second = deployment.supervisor._routers
+        told = members(deployment.folder, "router")["members"]
+        assert members(deployment.folder, "router-1")["members"] == told and len(told) == 3
+        started = deployment.ready.result()
+        assert [router.started for router in (first, second)] == started
+        assert len({router.grpc for router in started}) == 2
+        assert [(tmp_path / f"router-{index}.log").exists() for index in range(2)] == [True, True]
+        (deployment.folder / "members-router-1.json").unlink()
+        assert second.child is not None
+        second.child.kill_now()
+        await eventually(
+            lambda: members(deployment.folder, "router-1")["members"] == told, "the new one was told"
+        )
+        assert second.started is not None and second.started.grpc == started[1].grpc
+        assert first.started == started[0]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ SPEC = RouterSpec(
     model_path=str(TINY),
     served_name="tiny",
     max_model_len=1000,
+    policy="threshold",  # among equals it takes the first worker
 )
 
 

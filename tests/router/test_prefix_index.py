@@ -351,9 +351,10 @@ def test_a_prompt_is_hashed_as_far_as_somebody_has_it() -> None:
     index.events("d0", "life", 1, hints_of(tokens[:80]), [], False)
     prompt = PromptHints(tokens)
     assert index.match(prompt, 0.0)[0].tolist() == [80]
-    assert len(prompt.chain(4).known) == 21
+    assert 21 <= len(prompt.chain(4).known) <= 26
+    assert index.match(PromptHints(tokens[50:]), 0.0)[0].tolist() == [0]
     index.match(PromptHints(tokens, "salt"), 0.0)
-    assert (index.lookups, index.hits) == (2, 1)
+    assert (index.lookups, index.hits) == (3, 1)
 
 
 @pytest.mark.parametrize("workers", [3, 9, 200])
@@ -399,7 +400,7 @@ def test_a_burst_of_one_prefix_follows_its_first() -> None:
         assert found == ([0, 4000] if at else [0, 0])
         assert index.expect(prompt, "d1", found[1], 0.0) is not None
     assert len(prompts[0].chain(16).known) <= 1
-    assert len(prompts[5].chain(16).known) <= 4000 // 16 + 1
+    assert len(prompts[5].chain(16).known) <= 4000 // 16 + 32
     assert index.match(PromptHints(system + [50_007] * 300), 0.0)[0].tolist() == [0, 4288]
 
 

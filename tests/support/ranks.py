@@ -30,7 +30,6 @@ class RankProcesses:
 
     def __init__(self, largest: int, timeout_s: float = 60.0) -> None:
         context = multiprocessing.get_context("spawn")
-        self.timeout_s = timeout_s
         self._groups = {size: SharedMemory.create(size) for size in range(2, largest + 1)}
         self.connections: list[Connection[Any, Any]] = []
         self.processes = []
@@ -42,7 +41,7 @@ class RankProcesses:
             theirs.close()
             self.connections.append(mine)
             self.processes.append(process)
-        self._mine = {
+        self.mine = {
             size: SharedMemory(descriptor, 0, size, timeout_s) for size, descriptor in self._groups.items()
         }
 
@@ -51,7 +50,7 @@ class RankProcesses:
         others = self.connections[: tp - 1]
         for connection in others:
             connection.send(("load", (folder, tp, dtype, sizes)))
-        runner = load_runner(folder, dtype, collective=self._mine[tp], **sizes)  # type: ignore[arg-type]
+        runner = load_runner(folder, dtype, collective=self.mine[tp], **sizes)  # type: ignore[arg-type]
         for connection in others:
             _answer(connection)
         return RankZero(runner, others)
@@ -60,7 +59,7 @@ class RankProcesses:
         for process in self.processes:
             process.kill()
             process.join(20)
-        for mine in self._mine.values():
+        for mine in self.mine.values():
             mine.close()
         for connection in self.connections:
             connection.close()

@@ -1,4 +1,4 @@
-"""The command line: `baton serve`, `generate`, `status` and `doctor`. Thin: parses, calls, prints.
+"""The command line: `baton serve`, `generate`, `status`, `doctor` and `bench`. Thin: parses, calls, prints.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+
+from bench.command import bench
 
 GRPC = "127.0.0.1:8001"
 HTTP = "127.0.0.1:8000"
@@ -208,6 +210,9 @@ def replay(
         compared.show(explain_view.console())
     if not policy and compared.equal < compared.decisions:
         raise typer.Exit(1)
+
+
+app.command()(bench)
 
 
 def _write(text: str) -> None:

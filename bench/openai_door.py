@@ -21,7 +21,7 @@ from bench.record import Record
 from bench.traces import TraceRequest
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-_FEW_WORDS, _MANY_WORDS = 64, 320
+_MANY_WORDS = 320  # of the longer of two texts that are measured, where the context allows
 _MAX_ERROR_BYTES = 64 << 10
 
 
@@ -103,7 +103,9 @@ class HttpDoor:
 
     async def _words(self) -> None:
         counts = []
-        for words in (_FEW_WORDS, _MANY_WORDS):
+        # An eighth of the context: words that the vocabulary does not know have several tokens.
+        many = min(_MANY_WORDS, self._facts.max_model_len // 8) if self._facts.max_model_len else _MANY_WORDS
+        for words in (max(1, many // 5), max(2, many)):
             status, message, counted = await self._probe(sample_words(words, "length"))
             if status != 200:
                 raise DoorError(f"{self._facts.url}: HTTP {status} for {words} words: {message}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.door import Facts
@@ -75,7 +76,7 @@ def console() -> Console:
 def show(report: Report, out: Console) -> None:
     """The tables."""
     for side, facts in report.servers.items():
-        out.print(f"[bold]{side}[/]: {_about(facts)}")
+        out.print(f"[bold]{escape(side)}[/]: {escape(_about(facts))}")
     if report.runs:
         out.print(_runs(report.runs))
         out.print(_latencies(report.runs))
@@ -87,9 +88,9 @@ def show(report: Report, out: Console) -> None:
     if report.comparison:
         out.print(_comparison(report))
     for kind, message in {k: m for run in report.runs for k, m in run.summary.messages.items()}.items():
-        out.print(f"[red]{kind}[/]: {message or '-'}", markup=True, soft_wrap=True)
+        out.print(f"[red]{kind}[/]: {escape(message) or '-'}", soft_wrap=True)
     for note in report.notes:
-        out.print("[yellow]note:[/] " + note.replace("[", r"\["), soft_wrap=True)
+        out.print("[yellow]note:[/] " + escape(note), soft_wrap=True)
 
 
 def _about(facts: Facts) -> str:
@@ -112,7 +113,7 @@ def _runs(runs: list[RunReport]) -> Table:
         summary = run.summary
         errors = ", ".join(f"{kind} {count}" for kind, count in summary.errors.items())
         table.add_row(
-            f"{run.side} #{run.round}",
+            _name(run),
             f"{summary.offered_rps:.2f}",
             str(summary.requests),
             str(summary.answered),
@@ -136,16 +137,14 @@ def _latencies(runs: list[RunReport]) -> Table:
         for run in runs:
             d: Distribution = getattr(run.summary, f"{name}_ms")
             values = (d.mean, d.p50, d.p90, d.p95, d.p99, d.max)
-            table.add_row(
-                name.upper(), f"{run.side} #{run.round}", str(d.count), *(f"{v:.2f}" for v in values)
-            )
+            table.add_row(name.upper(), _name(run), str(d.count), *(f"{v:.2f}" for v in values))
     return table
 
 
 def _scales(runs: list[RunReport]) -> Table:
     table = _table("run", *(f"x{scale:g}" for scale, _ in runs[0].summary.slo_curve))
     for run in runs:
-        table.add_row(f"{run.side} #{run.round}", *(f"{share:.0%}" for _, share in run.summary.slo_curve))
+        table.add_row(_name(run), *(f"{share:.0%}" for _, share in run.summary.slo_curve))
     return table
 
 
@@ -169,7 +168,7 @@ def _comparison(report: Report) -> Table:
     for each in report.comparison:
         change = f"{each.change:+.1%}"
         table.add_row(
-            each.side,
+            escape(each.side),
             each.figure,
             f"{each.first:.4g}",
             f"{each.other:.4g}",
@@ -182,6 +181,10 @@ def _comparison(report: Report) -> Table:
         f"; {rounds} rounds are too few to say, take {_FEW_ROUNDS}" if rounds < _FEW_ROUNDS else ""
     )
     return table
+
+
+def _name(run: RunReport) -> str:
+    return escape(f"{run.side} #{run.round}")
 
 
 def _table(first: str, *columns: str) -> Table:

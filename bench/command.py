@@ -29,7 +29,8 @@ def bench(
     ] = "synthetic",
     slo: Annotated[str, typer.Option(help="ttft=500,itl=50 in ms; also tpot, e2e. See docs/bench.md.")] = "",
     rate: Annotated[
-        float | None, typer.Option(help="Mean requests a second.", show_default="the trace's own, or 1")
+        float | None,
+        typer.Option(help="Requests a second, in the time of the run.", show_default="the trace's own, or 1"),
     ] = None,
     speedup: Annotated[
         float | None, typer.Option(help="Instead: the trace's own times, so much faster.")
@@ -129,6 +130,7 @@ def bench(
             requests=requests,
             max_input=max_input,
             max_output=max_output,
+            own_times=rate is None,
         )
         asking = Asking(
             model=model,

@@ -13,6 +13,8 @@ from bench.record import Run
 from bench.report import Report
 
 _TIMELINE_BINS = 120
+_TICKS = (0.25, 0.5, 1, 2, 4, 8)
+_SHORTEST_MS = 0.1  # shorter gaps are drawn here: pieces that were read together
 
 
 class PlotError(Exception):
@@ -39,6 +41,7 @@ def draw(report: Report, runs: Sequence[tuple[str, Run]], path: Path) -> None:
             good = [record for record in measured(run) if record.ok]
             _cumulative(ttft, [latency(record).ttft for record in good], label)
             _cumulative(itl, [gap for record in good for gap in gaps(record)], label)
+        itl.set_xlim(left=_SHORTEST_MS)
         ttft.set(title="TTFT", xlabel="ms", ylabel="share of answered requests", xscale="log")
         itl.set(title="ITL", xlabel="ms", ylabel="share of gaps", xscale="log")
         if report.tries:
@@ -59,7 +62,9 @@ def draw(report: Report, runs: Sequence[tuple[str, Run]], path: Path) -> None:
 def _cumulative(axis: Any, seconds: list[float], label: str) -> None:
     if seconds:
         values = np.sort(np.asarray(seconds)) * 1e3
-        axis.plot(np.maximum(values, 1e-2), np.arange(1, len(values) + 1) / len(values), label=label, lw=1.2)
+        axis.plot(
+            np.maximum(values, _SHORTEST_MS), np.arange(1, len(values) + 1) / len(values), label=label, lw=1.2
+        )
 
 
 def _scales(axis: Any, report: Report) -> None:

@@ -37,6 +37,9 @@ class Workload:
     max_input: int = 0  # longer ones are dropped; 0: no limit
     max_output: int = 0
     max_total: int = 0  # of prompt and answer together
+    # A rate is that of what is sent: so many requests, pressed into the duration. With this it is the mean of the whole
+    # trace, and what is sent is as busy as that part of the trace was.
+    own_times: bool = False
 
     @property
     def rate(self) -> float:
@@ -56,9 +59,13 @@ class Workload:
                 trace = trace.window(self.start_s, trace.span_s - self.start_s)
             trace = trace.spread(self.seed)
         trace = self._limited(trace.scaled(self.input_scale, self.output_scale))
-        if not isinstance(self.source, Synthetic):
+        if isinstance(self.source, Synthetic):
+            trace = trace.first(self.requests) if self.requests else trace
+        elif self.own_times:
             trace = trace.at_rate(rate)
-        trace = trace.first(self.requests) if self.requests else trace.window(0.0, asked_s)
+            trace = trace.first(self.requests) if self.requests else trace.window(0.0, asked_s)
+        else:
+            trace = self._pressed(trace, rate, asked_s)
         window_s = trace.span_s - self.warmup_s
         jobs = [Job(each, each.arrival_s, each.arrival_s < self.warmup_s) for each in trace.requests]
         if window_s <= 0 or all(job.warmup for job in jobs):
@@ -70,6 +77,19 @@ class Workload:
                 f"{self.warmup_s:g} s; ask for more time or a higher rate",
             )
         return Schedule(trace, jobs, self.warmup_s, window_s)
+
+    def _pressed(self, trace: Trace, rate: float, asked_s: float) -> Trace:
+        """The first requests, as many as come in that time at that rate."""
+        count = self.requests or max(1, round(rate * asked_s))
+        if count > len(trace.requests):
+            raise TraceError(
+                trace.name,
+                0,
+                "",
+                f"it has {len(trace.requests)} requests, enough for {len(trace.requests) / rate:.1f} s at {rate:.3g} "
+                f"requests/s, but {asked_s:.1f} s are wanted; ask for less time or a lower rate",
+            )
+        return trace.first(count).at_rate(rate)
 
     def dropped(self) -> tuple[int, int]:
         """How many requests of the source are too long, and how many there are. Of a made-up one: (0, 0)."""

@@ -19,6 +19,13 @@ def test_a_trace_at_a_rate() -> None:
     assert [job.at_s for job in made.jobs] == pytest.approx([n / 4 for n in range(60)])
 
 
+def test_a_rate_is_exact_unless_the_traces_own_times_count() -> None:
+    early = tuple(TraceRequest(n, n * 1.0 if n < 60 else 60 + (n - 60) * 3.5, 9, 9) for n in range(100))
+    busy_first = Trace("t", early, 200.0)
+    assert len(Workload(busy_first, duration_s=20).schedule(1.0).jobs) == 20
+    assert len(Workload(busy_first, duration_s=20, own_times=True).schedule(1.0).jobs) == 40
+
+
 def test_lengths_are_scaled_and_then_limited() -> None:
     workload = Workload(TRACE, duration_s=1, input_scale=0.5, output_scale=0.25, max_input=64, max_total=60)
     made = workload.schedule(1.0)
@@ -55,9 +62,13 @@ def test_made_up_traces_come_at_the_rate_of_the_run() -> None:
 
 
 def test_too_little_is_an_error_before_anything_is_sent() -> None:
-    with pytest.raises(TraceError, match="it lasts 50.0 s at 2 requests/s, but 60.0 s"):
+    with pytest.raises(
+        TraceError, match="it has 100 requests, enough for 50.0 s at 2 requests/s, but 60.0 s"
+    ):
         Workload(TRACE, duration_s=60).schedule(2.0)
+    with pytest.raises(TraceError, match="it lasts 50.0 s at 2 requests/s, but 60.0 s"):
+        Workload(TRACE, duration_s=60, own_times=True).schedule(2.0)
     with pytest.raises(TraceError, match="nothing is left to measure"):
         Workload(TRACE, requests=3, warmup_s=9).schedule(1.0)
-    with pytest.raises(TraceError, match="101 requests are wanted"):
+    with pytest.raises(TraceError, match="it has 100 requests"):
         Workload(TRACE, requests=101).schedule(1.0)

@@ -130,7 +130,7 @@ def bench(
             requests=requests,
             max_input=max_input,
             max_output=max_output,
-            own_times=rate is None,
+            own_times=rate is None and not rates and not find_rate,
         )
         asking = Asking(
             model=model,

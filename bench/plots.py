@@ -71,14 +71,12 @@ def _scales(axis: Any, report: Report) -> None:
     for run in report.runs:
         if run.summary.slo_curve:
             scales, shares = zip(*run.summary.slo_curve, strict=True)
-            axis.plot(scales, shares, marker=".", label=f"{run.side} #{run.round}")
+            axis.plot(scales, shares, marker=".", label=run.label)
     axis.axvline(1.0, color="gray", lw=0.8, ls=":")
-    axis.set(
-        title=f"Within the SLO ({report.slo})",
-        xlabel="SLO times",
-        ylabel="share of all requests",
-        xscale="log",
-    )
+    axis.set(title=f"Within the SLO ({report.slo})", xlabel="SLO times", ylabel="share of all requests")
+    axis.set_xscale("log")
+    axis.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    axis.minorticks_off()
     axis.set_ylim(-0.02, 1.02)
 
 

@@ -30,6 +30,7 @@ class Generator(msgspec.Struct, frozen=True):
 
 
 class RunReport(msgspec.Struct, frozen=True):
+    label: str  # its name in the tables
     side: str
     round: int
     rate: float  # as asked for
@@ -184,7 +185,7 @@ def _comparison(report: Report) -> Table:
 
 
 def _name(run: RunReport) -> str:
-    return escape(f"{run.side} #{run.round}")
+    return escape(run.label)
 
 
 def _table(first: str, *columns: str) -> Table:

@@ -82,7 +82,7 @@ async def _run(wishes: Wishes) -> int:
         wishes.limits,
         salt=wishes.salt or secrets.token_hex(4),
         show=Bar(out).show,
-        keep=lambda side, round, run: kept.append((f"{side} #{round}", run)),
+        keep=lambda label, run: kept.append((label, run)),
     )
     session.report.options = wishes.options
     loop = asyncio.get_running_loop()

@@ -16,9 +16,10 @@ from bench.figures import RateSearch, Slo, Summary, compare, summarize
 from bench.load import Load
 from bench.record import Run
 from bench.report import Generator, Report, RunReport, Try
+from bench.traces import TraceError
 from bench.workload import Schedule, Workload
 
-# At the 99th percentile; a generator that is slower than that measures itself.
+# At the 99th percentile; a generator that is slower than this measures itself.
 LATE_MS = 20.0
 LAG_MS = 10.0
 LENGTH_TOLERANCE = 0.05
@@ -51,7 +52,7 @@ class Session:
     limits: Limits
     salt: str
     show: Show
-    keep: Callable[[str, int, Run], None] = lambda side, round, run: None  # each run's records, as they are
+    keep: Callable[[str, Run], None] = lambda label, run: None  # takes each run's records
     clock: Callable[[], float] = time.perf_counter
     report: Report = field(default_factory=Report)
     _load: Load | None = None
@@ -99,7 +100,7 @@ class Session:
             for side in self.sides:
                 if self._stopped():
                     break
-                row[side.name] = (await self._run(side, number, rate, schedule)).summary
+                row[side.name] = (await self._run(side, number, f"#{number}", rate, schedule)).summary
             if self._stopped():  # half a round compares nothing
                 break
             done.append(row)
@@ -108,11 +109,14 @@ class Session:
     async def search(self, search: RateSearch) -> None:
         """The highest rate that meets the SLO, on the first side."""
         while (rate := search.next()) is not None and not self._stopped():
-            run = await self._run(self.sides[0], len(self.report.runs), rate, self.workload.schedule(rate))
+            try:
+                summary = await self._try(rate)
+            except TraceError as error:  # what was found so far is not lost
+                self.report.note(f"the search ended at {rate:.3g} requests/s: {error}")
+                break
             if self._stopped():
                 break
-            search.tell(rate, run.summary.attainment)
-            self.report.tries.append(Try(rate, run.summary.attainment, run.summary.goodput_rps))
+            search.tell(rate, summary.attainment)
         self.report.best_rate = search.met
         if search.met is None:
             self.report.note(
@@ -123,16 +127,23 @@ class Session:
 
     async def sweep(self, rates: Sequence[float]) -> None:
         """The first side at each rate."""
-        for number, rate in enumerate(rates):
+        for rate in rates:
             if self._stopped():
                 break
-            run = await self._run(self.sides[0], number, rate, self.workload.schedule(rate))
-            self.report.tries.append(Try(rate, run.summary.attainment, run.summary.goodput_rps))
+            await self._try(rate)
+
+    async def _try(self, rate: float) -> Summary:
+        """The first side at one rate."""
+        schedule = self.workload.schedule(rate)
+        run = await self._run(self.sides[0], len(self.report.runs), f"{rate:.3g}/s", rate, schedule)
+        self.report.tries.append(Try(rate, run.summary.attainment, run.summary.goodput_rps))
+        return run.summary
 
     def _stopped(self) -> bool:
         return self._interrupted
 
-    async def _run(self, side: Side, number: int, rate: float, schedule: Schedule) -> RunReport:
+    async def _run(self, side: Side, number: int, which: str, rate: float, schedule: Schedule) -> RunReport:
+        """`which`: what tells this run from the others of its side."""
         facts = self.report.servers[side.name]
         # Of the two sides of a round too: both may be one server under two headers.
         tag = f"{self.salt}-{len(self.report.runs)}"
@@ -145,38 +156,33 @@ class Session:
             drain_s=self.limits.drain_s,
             max_open=self.limits.max_open,
         )
-        label = f"{side.name} at {rate:.3g}/s"
+        label = f"{side.name} {which}"
         async with self.show(load, label, len(schedule.jobs)):
             run = await load.run()
         self._load = None
         self._interrupted = self._interrupted or run.interrupted
         summary = summarize(run, self.slo, warmup_s=schedule.warmup_s, window_s=schedule.window_s)
-        made = RunReport(side.name, number, rate, run.interrupted, summary, _generator(run))
+        made = RunReport(label, side.name, number, rate, run.interrupted, summary, _generator(run))
         self.report.runs.append(made)
         self._judge(made, schedule, facts)
-        self.keep(side.name, number, run)
+        self.keep(label, run)
         return made
 
     def _judge(self, run: RunReport, schedule: Schedule, facts: Facts) -> None:
         """Says what makes the figures of a run doubtful."""
-        summary, where = run.summary, f"{run.side}, round {run.round}: "
+        summary, where = run.summary, f"{run.label}: "
         note = self.report.note
         if run.interrupted:
             note(
                 where
                 + "interrupted; requests that were open count as cancelled, the window is shorter than said"
             )
-        if summary.late_ms.p99 > LATE_MS and not self.limits.max_open:
+        late_ms = 0.0 if self.limits.max_open else summary.late_ms.p99
+        if late_ms > LATE_MS or summary.lag_ms.p99 > LAG_MS:
             note(
                 where
-                + f"the generator sent late (p99 {summary.late_ms.p99:.0f} ms): it is short of CPU, and part of "
-                "every latency is its own"
-            )
-        if summary.lag_ms.p99 > LAG_MS:
-            note(
-                where
-                + f"the generator woke late (p99 {summary.lag_ms.p99:.0f} ms): others use its CPU; tokens seem to "
-                "come together, and single gaps mean little"
+                + f"the generator was short of CPU (p99: sent {late_ms:.0f} ms, woke {summary.lag_ms.p99:.0f} ms too "
+                "late): part of every latency is its own, and single gaps mean little"
             )
         if summary.answered and summary.short_answers:
             note(where + f"{summary.short_answers} answers are shorter than the trace wants")

@@ -22,7 +22,7 @@ from bench.openai_door import HttpDoor
 from bench.record import Run
 from bench.session import Limits, Session, Side
 from bench.synthetic import Synthetic
-from bench.traces import load
+from bench.traces import Trace, TraceRequest, load
 from bench.workload import Workload
 from router.dispatch_api import RefusalKind, Refused
 from router.grpc_door import add_public_services
@@ -74,7 +74,7 @@ def session(*sides: Side, workload: Workload = WORKLOAD, **more: Any) -> tuple[S
         Limits(timeout_s=20.0, drain_s=20.0),
         salt="s",
         show=lambda _load, _label, _count: nullcontext(),
-        keep=lambda _side, _round, run: kept.append(run),
+        keep=lambda _label, run: kept.append(run),
         **more,
     )
     return made, kept
@@ -158,6 +158,16 @@ async def test_a_search_tells_what_it_tried(doors: Doors) -> None:
     await made.sweep([30.0])
     assert made.report.tries[-1].attainment == 0.0
     await made.close()
+
+
+async def test_a_search_that_outgrows_its_trace_keeps_what_it_found(doors: Doors) -> None:
+    trace = Trace("t", tuple(TraceRequest(n, n / 10, 20, 2) for n in range(10)), 1.0)
+    made, _ = session(Side("A", doors.door("http")), workload=Workload(trace, duration_s=0.1))
+    await made.open()
+    await made.search(RateSearch(60.0))
+    await made.close()
+    assert [one.rate for one in made.report.tries] == [60.0] and made.report.best_rate == 60.0
+    assert "the search ended at 120 requests/s: t: it has 10 requests" in made.report.notes[0]
 
 
 async def test_requests_that_the_model_cannot_hold_are_dropped_and_told(doors: Doors, tmp_path: Path) -> None:

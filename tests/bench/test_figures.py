@@ -204,6 +204,7 @@ def test_sides_are_compared_round_by_round() -> None:
         ([100, 102], [150, 150]),  # two rounds say nothing
         ([100, 130, 101], [120, 121, 122]),  # the first side differs as much from itself
         ([100, 100, 100], [101, 99, 101]),  # now more, now less
+        ([100, 100, 100], [110, 110, 99.9]),  # once less
         ([100, 100, 100], [120, 60, 120]),  # the other side differs from itself
     ],
 )

@@ -169,6 +169,7 @@ def test_scaled_lengths_keep_what_is_shared(shape: list[tuple[int, int]], scale:
     )
     before = Trace("t", requests, len(requests), 512)
     after = before.scaled(scale, 1.0)
+    assert after.block_tokens == pytest.approx(512 * scale)
     for old, new in zip(before.requests, after.requests, strict=True):
         assert new.input_tokens == max(1, round(old.input_tokens * scale))
         assert (new.output_tokens, new.blocks, new.number) == (old.output_tokens, old.blocks, old.number)

@@ -40,6 +40,14 @@ def test_a_rate_is_that_of_what_is_sent_also_when_some_are_dropped() -> None:
     assert len(half.jobs) == 20
 
 
+def test_requests_of_the_same_instant_are_spread_and_the_seed_says_how() -> None:
+    crowd = Trace("t", tuple(TraceRequest(n, 3.0 * (n // 10), 9, 9) for n in range(40)), 12.0)
+    made = Workload(crowd, duration_s=10, seed=1).schedule(3.0)
+    assert len({job.at_s for job in made.jobs}) == 30
+    assert made == Workload(crowd, duration_s=10, seed=1).schedule(3.0)
+    assert made != Workload(crowd, duration_s=10, seed=2).schedule(3.0)
+
+
 def test_a_later_part_of_the_trace() -> None:
     made = Workload(TRACE, duration_s=2, start_s=100.0).schedule(1.0)
     assert [job.request.number for job in made.jobs] == [50, 51]

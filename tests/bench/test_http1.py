@@ -116,7 +116,9 @@ def test_what_is_no_answer(data: bytes) -> None:
 
 
 events = st.lists(
-    st.lists(st.text(st.characters(exclude_characters="\r\n"), max_size=9), min_size=1, max_size=3),
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=9), min_size=1, max_size=3
+    ),
     max_size=6,
 )
 

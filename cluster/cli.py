@@ -1,4 +1,4 @@
-"""The command line: `baton serve`, `generate`, `status`, `doctor` and `bench`. Thin: parses, calls, prints.
+"""The command line: `baton serve`, `generate`, `status`, `doctor`, `explain`, `replay`, `bench`. Parses, calls, prints.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """

@@ -43,7 +43,7 @@ class Runner:
         self.shard = _shard(collective)
         self._device = weights.device
         token_bytes = 2 * kv_cache.kv_heads * kv_cache.head_dim * kv_cache.dtype.itemsize
-        self._gather_tokens = GATHER_BYTES // token_bytes if self._device.type == "cpu" else 1 << 40
+        self._gather_tokens = GATHER_BYTES // token_bytes
         self._windows = tuple(sorted(set(config.windows)))
         self._gpu, self._sample = None, sample
         if _has_kernels(self._device):

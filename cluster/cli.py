@@ -1,4 +1,4 @@
-"""The command line: `baton serve`, `generate`, `status` and `doctor`. Thin: parses, calls, prints.
+"""The command line: `baton serve`, `generate`, `status`, `doctor`, `explain`, `replay`, `bench`. Parses, calls, prints.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+
+from bench.command import bench
 
 GRPC = "127.0.0.1:8001"
 HTTP = "127.0.0.1:8000"
@@ -154,6 +156,63 @@ def doctor(
         findings = list(doctors.examine(config, overrides or [], ports=not running))
     doctors.show(findings)
     raise typer.Exit(doctors.status(findings))
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="As in the answer, its headers and the log.")],
+    grpc_address: GrpcOption = GRPC,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
+) -> None:
+    """Shows why a request was sent where it was, and what came of it. Exits with 1 when nothing is known of it."""
+    from cluster import client, explain_view, status_view
+
+    try:
+        told = client.explain(grpc_address, request_id)
+    except client.ClientError as error:
+        _fail(str(error), 1)
+    if as_json:
+        print(status_view.as_json(told))
+    else:
+        explain_view.show(told, explain_view.console())
+
+
+@app.command()
+def replay(
+    log: Annotated[Path, typer.Argument(help="A file that `router.decision_log` wrote.")],
+    policy: Annotated[
+        str, typer.Option(help="A policy; empty: each record's own, which must decide the same.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Repeats recorded decisions, under another policy or their own. With their own it exits with 1 if any differs."""
+    import json
+
+    from cluster import explain_view
+    from router.decision_file import DecisionFileError, read
+    from router.explain import replay as repeat
+    from router.policies import find
+
+    compared = explain_view.Comparison(policy or "their own policy")
+    try:
+        if policy:
+            find(policy)
+        for record in read(log):
+            for pair in repeat([record], find(policy or record.policy)):
+                compared.add(*pair)
+    except (OSError, DecisionFileError) as error:
+        _fail(str(error), 1)
+    except ValueError as error:
+        _fail(f"--policy {policy}: {error}", 2)
+    if as_json:
+        print(json.dumps(compared.as_dict()))
+    else:
+        compared.show(explain_view.console())
+    if not policy and compared.equal < compared.decisions:
+        raise typer.Exit(1)
+
+
+app.command()(bench)
 
 
 def _write(text: str) -> None:

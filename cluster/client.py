@@ -143,6 +143,27 @@ def status(address: str) -> inference_pb2.StatusResponse:
         raise ClientError(_refusal(error, address)) from None
 
 
+def explain(address: str, request_id: str) -> inference_pb2.Explanation:
+    """What the router remembers of a decision; raises ClientError."""
+    import grpc
+
+    from baton.v1 import inference_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.DecisionsStub(channel)
+        try:
+            found: inference_pb2.Explanation = stub.Explain(
+                inference_pb2.ExplainRequest(request_id=request_id), timeout=2 * _CONNECT_S
+            )
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise ClientError(
+                    f"nothing listens on {address}; start `baton serve`, or give its address with --grpc HOST:PORT"
+                ) from None
+            raise ClientError(str(error.details())) from None
+    return found
+
+
 def _where(trace: inference_pb2.Trace) -> str:
     text = f"prefilled {trace.prefilled or 'unknown'} on {trace.prefill_worker or trace.decode_worker or '?'}"
     if trace.remote_tokens:

@@ -108,6 +108,11 @@ class RouterSection(_Section):
     itl_ms: Positive = 100
     local_below_tokens: NotNegative = 256  # a shorter uncached suffix is prefilled where it is decoded
     max_prefill_waiting: Positive = 8
+    decisions_mib: Annotated[float, Field(ge=0)] = 32.0  # of decisions that `baton explain` can tell of
+    decision_log: str = ""  # a file for all of them, for `baton replay`; empty: none
+    decision_log_mib: Annotated[float, Field(gt=0)] = (
+        256.0  # then it becomes NAME.1, in the place of the last one
+    )
     max_active: Positive = 1024
     # Blocks at workers that the router's prefix index keeps at most, about 250 bytes each; beyond that the least
     # recently used are forgotten, and prompts that begin so find their worker by chance.
@@ -213,6 +218,11 @@ class Config(_Section):
                     f"router.{key} = {getattr(self.router, key)}: has no effect on the policy "
                     f"{self.router.policy!r}; remove it, or set router.policy to threshold"
                 )
+        if self.router.decision_log and not self.router.decisions_mib:
+            raise ValueError(
+                f"router.decision_log = {self.router.decision_log!r}: decisions are written when their requests end, "
+                "and router.decisions_mib = 0 keeps none until then; raise it"
+            )
         if self.cluster.launcher == "plain" and self.cluster.address != "local":
             raise ValueError(
                 f"cluster.address = {self.cluster.address!r}: the plain launcher starts processes on this machine "

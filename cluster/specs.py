@@ -117,6 +117,9 @@ def router_spec(config: Config, model: ModelConfig, token: str) -> RouterSpec:
         local_below_tokens=config.router.local_below_tokens,
         max_prefill_waiting=config.router.max_prefill_waiting,
         max_active=config.router.max_active,
+        decisions_bytes=int(config.router.decisions_mib * (1 << 20)),
+        decision_log=str(Path(config.router.decision_log).resolve()) if config.router.decision_log else "",
+        decision_log_bytes=int(config.router.decision_log_mib * (1 << 20)),
         prefix_index_entries=config.router.prefix_index_entries,
         log_format=config.router.log_format,
     )

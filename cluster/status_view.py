@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
@@ -11,7 +12,7 @@ from baton.v1 import inference_pb2
 _PIPE_COLUMNS = 200  # nothing is cut where nobody looks at a screen
 
 
-def as_json(answer: inference_pb2.StatusResponse) -> str:
+def as_json(answer: Message) -> str:
     """Every field, zeros included, under its name in the proto file."""
     return str(
         MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

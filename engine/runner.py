@@ -43,9 +43,15 @@ class Runner:
         self.shard = _shard(collective)
         self._device = weights.device
         token_bytes = 2 * kv_cache.kv_heads * kv_cache.head_dim * kv_cache.dtype.itemsize
-        self._gather_tokens = GATHER_BYTES // token_bytes if self._device.type == "cpu" else 1 << 40
+        self._gather_tokens = GATHER_BYTES // token_bytes
         self._windows = tuple(sorted(set(config.windows)))
-        self._decoder = Decoder(config, weights, kv_cache, collective)
+        self._gpu, self._sample = None, sample
+        if _has_kernels(self._device):
+            from engine.gpu_model import GpuDecoder, GpuSampler
+
+            self._gpu = GpuDecoder(config, weights, kv_cache, collective)
+            self._sample = GpuSampler(self._device)
+        self._decoder = self._gpu or Decoder(config, weights, kv_cache, collective)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -88,7 +94,7 @@ class Runner:
         positions = [row.start + len(row.tokens) for row in rows]
         asking = [at for at, each in enumerate(params) if each.logprobs is not None]
         raw = logits[asking] if asking else logits  # a copy: shaping works in place
-        drawn = sample(shaped(logits, rows), params, positions)
+        drawn = self._sample(shaped(logits, rows), params, positions)
         for index, token in zip(indices, drawn.tolist(), strict=True):
             result.sampled[index] = token
         if asking:
@@ -131,8 +137,11 @@ class Runner:
         offsets = np.asarray(starts, dtype=np.int64) - ends + counts
         positions = np.arange(len(tokens)) + np.repeat(offsets, counts)
         tables = [row.block_table.ids for row in rows]
+        layout = Rows(starts, counts, tables, decodes, self.kv_cache.block_size)
+        if self._gpu is not None:
+            return self._gpu.compute(tokens, positions, layout, wanted)
         plan = AttentionPlan.build(
-            Rows(starts, counts, tables, decodes, self.kv_cache.block_size),
+            layout,
             self.kv_cache.dtype,
             self._device,
             self._gather_tokens,
@@ -143,6 +152,11 @@ class Runner:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Triton's kernels compute there."""
+    return device.type == "cuda"
 
 
 def _order(rows: list[Row]) -> list[int]:

@@ -35,6 +35,7 @@ class Account:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     decision: Decision | None = None
+    submitted: float = 0.0  # when that was
     trace: Trace | None = None  # the worker's; None for a request whose client went away
     first_token: float | None = None
     last_token: dict[int, float] = field(default_factory=dict)  # by choice

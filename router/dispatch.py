@@ -20,6 +20,7 @@ from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
 from engine.api import Logprobs, SamplingParams, Trace
 from router.account import Account
+from router.decisions import DecisionLog
 from router.dispatch_api import (
     ChoiceEnded,
     Ended,
@@ -38,7 +39,7 @@ from router.policy import Ask, Decision, NoRoom, NoWorker, PolicyError, choose
 from router.prefix_index import Expected, PrefixIndex
 from router.prompt_hints import PromptHints
 from router.spec import RouterSpec
-from router.view import ClusterView
+from router.view import ClusterView, View
 
 log = logging.getLogger("baton.router")
 
@@ -96,6 +97,7 @@ class WorkerDispatcher:
         self.cluster = ClusterView()
         self.index = PrefixIndex(spec.prefix_index_entries)
         self.placements = Placements(self.cluster)
+        self.decisions = DecisionLog(spec.decisions_bytes)
         self._policy = find(spec.policy)
         self._links: dict[str, WorkerLink] = {}  # by worker id
         self._flights: dict[int, Flight] = {}
@@ -159,7 +161,9 @@ class WorkerDispatcher:
         now = time.monotonic()
         hints = PromptHints(prompt.tokens, prompt.salt)
         ask = self._ask(prompt, hints, now)
-        decision = self._decide(ask, now)
+        view = self.cluster.view
+        decision = self._decide(ask, view, now)
+        self.decisions.decided(ask, view, now, time.time(), self.spec.policy, decision)
         link = self._links[decision.decode_worker]
         message = pb.ToWorker(submit=_submit_message(self._next_key, prompt, decision))
         placement = self.placements.submitted(decision, ask, now)
@@ -167,7 +171,7 @@ class WorkerDispatcher:
         self._next_key += 1
         self._flights[flight.key] = flight
         self._expect(flight, hints, ask, now)
-        prompt.account.decision = decision
+        prompt.account.decision, prompt.account.submitted = decision, now
         self.metrics.decided(decision, len(prompt.tokens))
         link.send(message)
         return flight
@@ -187,10 +191,10 @@ class WorkerDispatcher:
             itl_s=prompt.itl_s or self.spec.itl_s,
         )
 
-    def _decide(self, ask: Ask, now: float) -> Decision:
+    def _decide(self, ask: Ask, view: View, now: float) -> Decision:
         """Raises Refused."""
         try:
-            return choose(self._policy, ask, self.cluster.view, now)
+            return choose(self._policy, ask, view, now)
         except NoRoom as error:
             raise Refused(RefusalKind.NO_ROOM, str(error), retry_after_s=RETRY_AFTER_S) from None
         except NoWorker as error:

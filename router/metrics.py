@@ -68,6 +68,11 @@ QUEUE_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 8
 HANDOFF_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30)
 
 
+# Measured over predicted; and seconds by which a first token came later than the best way promised.
+RATIO = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 3, 5, 10, 30)
+REGRET_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
 class Histogram:
     """Counts by upper bound. prometheus_client's own takes a lock and walks the bounds: several times the price."""
 
@@ -98,6 +103,9 @@ class RequestMetrics:
         self.whole = Histogram(WHOLE_S)
         self.queue = Histogram(QUEUE_S)
         self.handoff = Histogram(HANDOFF_S)
+        self.prediction = Histogram(RATIO)
+        self.regret = Histogram(REGRET_S)
+        self.chosen_regret = Histogram(REGRET_S)
         self.prompt_tokens = self.generated_tokens = self.cached_tokens = self.remote_tokens = 0
         self.handoff_bytes = 0
         self.outcomes: Counter[str] = Counter()
@@ -122,7 +130,14 @@ class RequestMetrics:
         if account.first_token is None:
             account.first_token = now
             self.first_token.observe(now - account.arrived)
+            if account.decision is not None and account.decision.ttft_s > 0:
+                self._predicted(account.decision, now - account.submitted)
         return None
+
+    def _predicted(self, decision: Decision, ttft_s: float) -> None:
+        self.prediction.observe(ttft_s / decision.ttft_s)
+        self.regret.observe(max(0.0, ttft_s - decision.best_s))
+        self.chosen_regret.observe(max(0.0, decision.ttft_s - decision.best_s))
 
     def traced(self, trace: api.Trace) -> None:
         """A worker is done with a request, whether or not anybody still waits for it."""
@@ -156,6 +171,15 @@ class RequestMetrics:
         )
         yield self.handoff.family(
             "baton_handoff_seconds", "From the begin of a hand-off to its last verified chunk."
+        )
+        yield self.prediction.family(
+            "baton_ttft_prediction_ratio", "First tokens: time since the decision, over what was predicted."
+        )
+        yield self.regret.family(
+            "baton_ttft_regret_seconds", "First tokens: later than the quickest way was predicted to be."
+        )
+        yield self.chosen_regret.family(
+            "baton_chosen_regret_seconds", "Predictions: the chosen way's TTFT beyond the quickest way's."
         )
         for name, value, documentation in (
             ("prompt_tokens", self.prompt_tokens, "Prompt tokens of requests that were sent to a worker."),

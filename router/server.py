@@ -13,10 +13,14 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import grpc
 import grpc.aio
 import msgspec
 import uvicorn
+from google.protobuf.json_format import MessageToJson
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
@@ -24,11 +28,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from baton import RELEASE, rpc
-from baton.v1 import worker_pb2_grpc
+from baton.v1 import inference_pb2 as api
+from baton.v1 import inference_pb2_grpc, worker_pb2_grpc
 from router.account import Account
+from router.decision_file import DecisionFile
 from router.dispatch import WorkerDispatcher
+from router.dispatch_api import RefusalKind, Refused
+from router.explain import explanation
 from router.generation import Generation
 from router.grpc_door import add_public_services
+from router.http_answers import error_body
 from router.http_door import create_app
 from router.metrics import Collector
 from router.request_log import log_request, set_up_logging
@@ -38,10 +47,11 @@ from router.text import TextCodec
 log = logging.getLogger("baton.router")
 
 GRACE_S = 2
+DECISIONS_SERVICE = "baton.v1.Decisions"
 
 
 class CannotListen(RuntimeError):
-    """A door's address cannot be bound; says which, why and what to do."""
+    """A door's address cannot be bound, or a file not be opened; says which, why and what to do."""
 
 
 class Router:
@@ -57,6 +67,7 @@ class Router:
             max_model_len=spec.max_model_len,
             on_end=self._request_ended,
         )
+        self._decision_file: DecisionFile | None = None
         self._registry = CollectorRegistry()
         self._registry.register(self._collector())
         ProcessCollector(registry=self._registry)
@@ -66,9 +77,13 @@ class Router:
 
     async def start(self) -> RouterStarted:
         """Opens both doors. Raises CannotListen."""
+        self._open_decision_file()
         grpc_host, grpc_port = _split(self.spec.grpc, "router.grpc")
         self._grpc = rpc.server(self.spec.token)
-        add_public_services(self._grpc, self.generation, self.dispatcher.status)
+        add_public_services(
+            self._grpc, self.generation, self.dispatcher.status, also_served=[DECISIONS_SERVICE]
+        )
+        inference_pb2_grpc.add_DecisionsServicer_to_server(self, self._grpc)
         worker_pb2_grpc.add_MembershipServicer_to_server(self.dispatcher, self._grpc)
         try:
             port = self._grpc.add_insecure_port(f"{grpc_host}:{grpc_port}")
@@ -77,7 +92,13 @@ class Router:
         await self._grpc.start()
         listener = _listen(self.spec.http)
         config = uvicorn.Config(
-            create_app(self.generation, extra_routes=[Route("/metrics", self._metrics)]),
+            create_app(
+                self.generation,
+                extra_routes=[
+                    Route("/metrics", self._metrics),
+                    Route("/decisions/{request_id:path}", self._explained),
+                ],
+            ),
             log_level="warning",
             lifespan="off",
             timeout_graceful_shutdown=GRACE_S,
@@ -90,7 +111,37 @@ class Router:
 
     def _request_ended(self, account: Account) -> None:
         self.dispatcher.metrics.ended(account)
+        self.dispatcher.decisions.ended(account)
         log_request(account)
+
+    def _open_decision_file(self) -> None:
+        if not self.spec.decision_log:
+            return
+        try:
+            self._decision_file = DecisionFile(Path(self.spec.decision_log), self.spec.decision_log_bytes)
+        except OSError as error:
+            raise CannotListen(
+                f"router.decision_log: cannot write {self.spec.decision_log} ({error.strerror}); give another path"
+            ) from None
+        self.dispatcher.decisions.write = self._decision_file.write
+
+    async def Explain(self, request: api.ExplainRequest, context: Any) -> api.Explanation:
+        """`baton.v1.Decisions`."""
+        record = self.dispatcher.decisions.find(request.request_id)
+        if record is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, _unknown(request.request_id))
+        assert record is not None
+        return explanation(record)
+
+    async def _explained(self, request: Request) -> Response:
+        """/decisions/REQUEST_ID, as JSON."""
+        request_id = request.path_params["request_id"]
+        record = self.dispatcher.decisions.find(request_id)
+        if record is None:
+            refused = Refused(RefusalKind.NOT_FOUND, _unknown(request_id), param="request_id")
+            return Response(error_body(refused), 404, media_type="application/json")
+        told = MessageToJson(explanation(record), preserving_proto_field_name=True)
+        return Response(told, media_type="application/json")
 
     def _collector(self) -> Collector:
         return Collector(
@@ -121,6 +172,9 @@ class Router:
         if self._http_task is not None:
             await asyncio.wait({self._http_task}, timeout=2 * GRACE_S)
         await self.dispatcher.close()
+        self.dispatcher.decisions.close()
+        if self._decision_file is not None:
+            await asyncio.to_thread(self._decision_file.close)
 
 
 class _HttpServer(uvicorn.Server):
@@ -128,6 +182,10 @@ class _HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are the router's, not uvicorn's."""
         yield
+
+
+def _unknown(request_id: str) -> str:
+    return f"this router remembers no request {request_id!r}: it never had it, or router.decisions_mib is too small"
 
 
 def _split(address: str, key: str) -> tuple[str, int]:

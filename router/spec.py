@@ -25,6 +25,9 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     itl_s: float = 0.1
     local_below_tokens: int = 256
     max_prefill_waiting: int = 8  # remote only while fewer hand-offs wait at the prefill worker
+    decisions_bytes: int = 32 << 20  # of decisions that can be explained
+    decision_log: str = ""  # a file with all of them; empty: none
+    decision_log_bytes: int = 256 << 20
     max_active: int = 1024  # requests in this router; beyond that RESOURCE_EXHAUSTED
     prefix_index_entries: int = 1_000_000  # blocks at workers that the prefix index keeps at most
     log_format: Literal["text", "json"] = "text"

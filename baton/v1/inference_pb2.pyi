@@ -187,6 +187,102 @@ class Trace(_message.Message):
     fallback: str
     def __init__(self, prefilled: _Optional[str] = ..., decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., remote_tokens: _Optional[int] = ..., handoff_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., decision: _Optional[str] = ..., fallback: _Optional[str] = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("request_id", "policy", "unix_s", "view_version", "view_digest", "prompt_tokens", "ttft_target_s", "itl_target_s", "decode_worker", "prefill_worker", "alternative", "local_below_tokens", "reason", "predicted_ttft_s", "candidates", "outcome")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    VIEW_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VIEW_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_TARGET_S_FIELD_NUMBER: _ClassVar[int]
+    ITL_TARGET_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    ALTERNATIVE_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_BELOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    policy: str
+    unix_s: float
+    view_version: int
+    view_digest: str
+    prompt_tokens: int
+    ttft_target_s: float
+    itl_target_s: float
+    decode_worker: str
+    prefill_worker: str
+    alternative: str
+    local_below_tokens: int
+    reason: str
+    predicted_ttft_s: float
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    outcome: DecisionOutcome
+    def __init__(self, request_id: _Optional[str] = ..., policy: _Optional[str] = ..., unix_s: _Optional[float] = ..., view_version: _Optional[int] = ..., view_digest: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., ttft_target_s: _Optional[float] = ..., itl_target_s: _Optional[float] = ..., decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., alternative: _Optional[str] = ..., local_below_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., predicted_ttft_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., outcome: _Optional[_Union[DecisionOutcome, _Mapping]] = ...) -> None: ...
+
+class Candidate(_message.Message):
+    __slots__ = ("decode_worker", "prefill_worker", "ttft_s", "wait_s", "compute_s", "handoff_s", "tail_s", "late", "harm", "cost_s", "score", "chosen")
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
+    TAIL_S_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
+    HARM_FIELD_NUMBER: _ClassVar[int]
+    COST_S_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    decode_worker: str
+    prefill_worker: str
+    ttft_s: float
+    wait_s: float
+    compute_s: float
+    handoff_s: float
+    tail_s: float
+    late: float
+    harm: float
+    cost_s: float
+    score: float
+    chosen: bool
+    def __init__(self, decode_worker: _Optional[str] = ..., prefill_worker: _Optional[str] = ..., ttft_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., tail_s: _Optional[float] = ..., late: _Optional[float] = ..., harm: _Optional[float] = ..., cost_s: _Optional[float] = ..., score: _Optional[float] = ..., chosen: _Optional[bool] = ...) -> None: ...
+
+class DecisionOutcome(_message.Message):
+    __slots__ = ("outcome", "ttft_s", "e2e_s", "generated_tokens", "prefilled", "cached_tokens", "remote_tokens", "queue_s", "handoff_s", "prefill_s", "fallback")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    E2E_S_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILLED_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    outcome: str
+    ttft_s: float
+    e2e_s: float
+    generated_tokens: int
+    prefilled: str
+    cached_tokens: int
+    remote_tokens: int
+    queue_s: float
+    handoff_s: float
+    prefill_s: float
+    fallback: str
+    def __init__(self, outcome: _Optional[str] = ..., ttft_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., generated_tokens: _Optional[int] = ..., prefilled: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., remote_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., fallback: _Optional[str] = ...) -> None: ...
+
 class ModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -184,3 +184,79 @@ class Inference:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class DecisionsStub:
+    """Why requests were sent where they were; what a router still remembers.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Explain = channel.unary_unary(
+                '/baton.v1.Decisions/Explain',
+                request_serializer=baton_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_inference__pb2.Explanation.FromString,
+                _registered_method=True)
+
+
+class DecisionsServicer:
+    """Why requests were sent where they were; what a router still remembers.
+    """
+
+    def Explain(self, request, context):
+        """NOT_FOUND when it remembers no such request
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_DecisionsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=baton_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_inference__pb2.Explanation.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'baton.v1.Decisions', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('baton.v1.Decisions', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Decisions:
+    """Why requests were sent where they were; what a router still remembers.
+    """
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Decisions/Explain',
+            baton_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+            baton_dot_v1_dot_inference__pb2.Explanation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

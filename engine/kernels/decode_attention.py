@@ -262,7 +262,7 @@ def _attend_splits(
         oldest = tl.maximum(length - window, 0)
         begin = (oldest // SPLIT + part - tl.load(part_firsts + row)) * SPLIT
         end = tl.minimum(begin + SPLIT, length)
-        begin = tl.maximum(begin, oldest // TILE * TILE)
+        begin = tl.maximum(begin, oldest)
         query = tl.load(
             q + row.to(tl.int64) * q_row + (kv * GROUP + heads)[:, None] * q_head + dims[None, :], own, 0.0
         )
@@ -271,7 +271,7 @@ def _attend_splits(
         value = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
         for first in range(begin, end, TILE):
             positions = first + offsets
-            seen = (positions >= oldest) & (positions < end)
+            seen = positions < end
             block = tl.load(table + positions // BLOCK_SIZE, seen, 0).to(tl.int64)
             places = block * kv_block + (positions % BLOCK_SIZE) * kv_slot + kv * kv_head
             loaded = seen[:, None] & (dims < DIM)[None, :]

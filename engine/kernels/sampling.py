@@ -84,7 +84,12 @@ class Scratch:
     @classmethod
     def empty(cls, rows: int, vocab: int, device: torch.device | str) -> Scratch:
         kinds = (torch.float32, torch.int32, torch.float64, torch.int32, torch.float64)
-        return cls(*(torch.empty(rows, -(-vocab // _PART), dtype=kind, device=device) for kind in kinds))
+        return cls(*(torch.empty(rows, cls.parts(vocab), dtype=kind, device=device) for kind in kinds))
+
+    @staticmethod
+    def parts(vocab: int) -> int:
+        """How many parts a vocabulary is cut into."""
+        return -(-vocab // _PART)
 
 
 def sample(
@@ -129,7 +134,7 @@ def sample_launches(
 ) -> tuple[Launch, Launch, Launch]:
     """The launches of `sample`."""
     rows, vocab = logits.shape
-    parts = -(-vocab // _PART)
+    parts = Scratch.parts(vocab)
     check(vocab < 1 << 30, f"a vocabulary of {vocab}")
     check(scratch.maxima.shape[1] == parts, f"scratch for {scratch.maxima.shape[1]} parts, {parts} needed")
     check(len(scratch.maxima) >= rows, f"scratch for {len(scratch.maxima)} rows, {rows} needed")

@@ -122,6 +122,10 @@ def test_the_tree_is_frozen() -> None:
             {"router": {"local_below_tokens": 9}},
             ["router.local_below_tokens = 9", "no effect", "router.policy to threshold"],
         ),
+        (
+            {"router": {"decision_log": "x.log", "decisions_mib": 0}},
+            ["router.decision_log = 'x.log'", "router.decisions_mib = 0", "raise it"],
+        ),
         ({"router": {"itl_ms": 0}}, ["router.itl_ms = 0", "at least 1"]),
         ({"kvtransfer": {"transport": "rdma"}}, ["kvtransfer.transport = 'rdma'", "'nixl'"]),
         ({"kvtransfer": {"slots": 1}}, ["kvtransfer.slots = 1", "at least 2"]),

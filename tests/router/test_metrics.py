@@ -69,6 +69,7 @@ class Deployment:
         self.worker = worker
         self.http = http
         self.stub = inference_pb2_grpc.InferenceStub(channel)
+        self.decisions = inference_pb2_grpc.DecisionsStub(channel)
 
     async def scrape(self, accept: str = "") -> Scraped:
         async with httpx.AsyncClient() as client:
@@ -82,7 +83,7 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployed(folder: Path, worker: HandWorker) -> AsyncIterator[Deployment]:
+async def deployed(folder: Path, worker: HandWorker, **settings: Any) -> AsyncIterator[Deployment]:
     write_model(folder, byte_level_tokenizer())
     server = rpc.server(TOKEN)
     worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
@@ -95,9 +96,8 @@ async def deployed(folder: Path, worker: HandWorker) -> AsyncIterator[Deployment
         model_path=str(folder),
         served_name="m",
         max_model_len=200,
-        policy="threshold",
-        local_below_tokens=8,
         restarts=2,
+        **{"policy": "threshold", "local_below_tokens": 8, **settings},
     )
     router = Router(spec)
     started = await router.start()

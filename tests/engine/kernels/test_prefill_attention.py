@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -53,11 +54,15 @@ class Batch:
         arrays = (torch.from_numpy(array).to(device) for array in (starts, firsts, tiles))
         self.spans = Spans(*arrays)
 
-    def run(self, reference: bool = False) -> torch.Tensor:
+    def run(self, reference: bool = False, mask_all: bool | None = None) -> torch.Tensor:
         out = torch.full(self.q.shape, 7.0, dtype=self.q.dtype, device=self.q.device)
         attend = kernels.prefill_attention_reference if reference else kernels.prefill_attention
         starts = torch.arange(len(self.tables), dtype=torch.int32, device=self.q.device)
         tables = Tables(self.tables.flatten(), starts * self.tables.shape[1])
+        if mask_all is not None:
+            launch = kernels.prefill_launch(self.q, self.cache, tables, self.spans, out, window=0, scale=None)
+            dataclasses.replace(launch, constants={**launch.constants, "MASK_ALL": mask_all})()
+            return out
         return attend(self.q, self.cache, tables, self.spans, out, window=self.window)
 
     def check(self, tolerance: float | None = None) -> None:
@@ -128,6 +133,12 @@ def test_a_query_is_the_same_to_the_last_bit_however_its_prompt_is_cut(
         cut.window, cut.cache, cut.q = window, whole.cache, whole.q
         cut.tables = whole.tables.expand(len(spans), -1)
         assert torch.equal(cut.run(), expected)
+
+
+def test_masks_change_no_bit(device: torch.device) -> None:
+    """Whether a tile of keys is masked depends on where a query's chunk begins."""
+    batch = Batch([(100, 50), (31, 40)], device, block_size=32)
+    assert torch.equal(batch.run(mask_all=True), batch.run(mask_all=False))
 
 
 def test_large_scores_do_not_overflow(device: torch.device) -> None:

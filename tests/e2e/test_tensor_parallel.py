@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests.conftest import Reference
 from tests.support import families
 from tests.support.models import make_llama, transformers_greedy
-from tests.support.workers import DecodeClient, Worker, introduced, start_worker
+from tests.support.workers import DecodeClient, Worker, introduced, open_pair, start_worker
 
 # One loop for the module, since all tests of one model share its workers.
 pytestmark = [
@@ -87,6 +88,7 @@ def _start(role: Any, folder: Path, family: str, ranks: int) -> Any:
     return start_worker(role, folder, worker_id=f"{role}-{ranks}", tensor_parallel=ranks, **COMMON, **own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prefill", "decode"), list(itertools.product(RANKS, RANKS)))
 async def test_the_same_tokens_whatever_the_ranks(fleet: Fleet, prefill: int, decode: int) -> None:
     """Every prompt by itself in the caches of both sides (`salt`), all at once; then again, found in the cache."""
@@ -111,11 +113,60 @@ async def test_the_same_tokens_whatever_the_ranks(fleet: Fleet, prefill: int, de
         assert status.counters[counter] == before[counter] == 0
 
 
-async def test_a_window_of_chunks_and_seeded_draws(fleet: Fleet) -> None:
-    """Sampling does not depend on who computed the prompt, nor on how many ranks draw."""
+@pytest.mark.slow
+async def test_seeded_draws_do_not_depend_on_the_ranks(fleet: Fleet) -> None:
+    """The same noise is laid on the same logits, however many ranks each side has."""
     how = {"temperature": 0.8, "seed": 5, "tokens": TOKENS}
     drawn = [
         (await client.ask(fleet.prompts[3], prefill="prefill-2", salt="drawn", **how)).ids
         for _, client in fleet.decodes.values()
     ]
     assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "prefill", "wire_dtype", "bytes_each", "close"),
+    [
+        ((2, 2), {"block_size": 32}, "int8", 1 + 4 / (HEAD_DIM * 16), 0.2),
+        ((1, 1), {"block_size": 8, "dtype": "bfloat16"}, "fp8_e4m3", 1 + 4 / (HEAD_DIM * 16), 0.5),
+        ((1, 2), {"dtype": "bfloat16"}, "", 2.0, 0.2),
+    ],
+    ids=["int8", "bf16 as fp8", "bf16"],
+)
+async def test_kv_that_crosses_narrowed_is_close(
+    reference: Reference,
+    ranks: tuple[int, int],
+    prefill: dict[str, Any],
+    wire_dtype: str,
+    bytes_each: float,
+    close: float,
+) -> None:
+    """The receiver's pool is fp32. Fewer bytes cross, and the first token's log-probability is `close` on average.
+
+    The model is random, with large weights: a trained one loses far less.
+    """
+    common = {**COMMON, "wire_dtype": wire_dtype}
+    async with open_pair(
+        reference.folder,
+        prefill_tp=ranks[0],
+        decode_tp=ranks[1],
+        prefill={**common, **prefill},
+        decode=common,
+    ) as pair:
+        how = {"tokens": 8, "logprobs": 0}
+        apart = []
+        for prompt in reference.prompts[10:17]:  # of 128 to 513 tokens
+            exact = await pair.client.ask(prompt, salt="exact", **how)
+            crossed = await pair.client.ask(prompt, prefill="prefill-0", **how)
+            assert crossed.trace.remote_tokens == len(prompt) - 1
+            values = (len(prompt) - 1) * 2 * LAYERS * KV_HEADS * HEAD_DIM
+            # The last group of each piece may be shorter than 16 tokens.
+            assert values * bytes_each <= crossed.trace.handoff_bytes <= 1.02 * values * bytes_each
+            again = await pair.client.ask(prompt, **how)
+            assert again.trace.cached_tokens >= len(prompt) - 17
+            if crossed.ids[0] == exact.ids[0]:
+                apart.append(abs(crossed.logprobs[0] - exact.logprobs[0]))
+        assert len(apart) >= 5, "the first tokens differ"
+        assert 0 < sum(apart) / len(apart) < close
+        status = await pair.client.at_rest()
+        assert (status.counters["digest_refused"], status.counters["handoffs_failed"]) == (0, 0)

@@ -120,6 +120,7 @@ class Answer:
     """What came of one request."""
 
     choices: list[list[int]] = field(default_factory=lambda: [[]])
+    logprobs: list[float] = field(default_factory=list)  # of the tokens of the first choice, where asked for
     reasons: dict[int, str] = field(default_factory=dict)  # of the choices that have ended
     end: pb.RequestEnd | None = None
 
@@ -249,6 +250,8 @@ class DecodeClient:
                 ids = answer.choices[entry.choice]
                 assert entry.first_index == len(ids), "tokens were lost, doubled or reordered"
                 ids += entry.ids
+                if not entry.choice:
+                    answer.logprobs += entry.logprobs.chosen
             for end in message.ends:
                 answer = self._answers[end.key]
                 answer.reasons[end.choice] = end.reason

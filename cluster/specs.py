@@ -168,6 +168,7 @@ def _worker_spec(
         model_path=config.model.path,
         dtype=config.model.dtype,
         tensor_parallel=pool.tensor_parallel,
+        rank_timeout_s=config.cluster.silence_s,
         kv_cache_bytes=pool.kv_cache_bytes,
         block_size=pool.block_size,
         max_batch_tokens=pool.max_batch_tokens,

@@ -218,7 +218,12 @@ def test_a_pool_without_workers_may_have_any_ranks(model: Path) -> None:
 
 @pytest.mark.parametrize(("said", "told"), [("stored", ""), ("int8", "int8"), ("fp8_e4m3", "fp8_e4m3")])
 def test_the_workers_are_told_how_kv_crosses(model: Path, said: str, told: str) -> None:
-    ways = ["cluster.silence_s=7.0", "prefill.tensor_parallel=2", f"kvtransfer.wire_dtype={said}", "kvtransfer.gather=always"]
+    ways = [
+        "cluster.silence_s=7.0",
+        "prefill.tensor_parallel=2",
+        f"kvtransfer.wire_dtype={said}",
+        "kvtransfer.gather=always",
+    ]
     config = load(None, [f"model.path={model}", *ways])
     for seat in specs.seats(config, specs.model_config(config), "secret"):
         assert (seat.spec.wire_dtype, seat.spec.gather) == (told, "always")

@@ -269,7 +269,14 @@ class WorkerDispatcher:
             link.kv_heard = now
             s = message.kv_snapshot
             self.index.snapshot(
-                worker_id, s.incarnation, s.seq, s.block_size, s.piece, s.pieces, _hints(s.hashes)
+                worker_id,
+                s.incarnation,
+                s.seq,
+                s.block_size,
+                s.piece,
+                s.pieces,
+                _hints(s.hashes),
+                s.wire_dtype,
             )
         for e in message.kv_events:
             self.index.events(worker_id, e.incarnation, e.seq, _hints(e.added), _hints(e.evicted), e.cleared)

@@ -49,6 +49,7 @@ class _Worker:
         "slot",
         "snapshot_seq",
         "synced",
+        "wire_dtype",
     )
 
     def __init__(self, incarnation: str, slot: int) -> None:
@@ -56,6 +57,7 @@ class _Worker:
         self.slot = slot
         self.bit = 1 << slot
         self.block_size = 0  # not known yet
+        self.wire_dtype = ""  # with which its names are salted
         self.hints: set[int] = set()
         self.synced = False
         self.seq = 0  # when synced: of the last batch that its hints reflect
@@ -80,7 +82,8 @@ class PrefixIndex:
         self._slots: list[_Worker | None] = []
         self._place: Ints = np.zeros(0, dtype=np.int64)  # by slot: position among all workers, decode first
         self._decode_count = 0
-        self._by_size: dict[int, int] = {}  # block size -> mask of the workers that have it
+        # Block size and wire dtype, which name the blocks -> mask of the workers that have these.
+        self._by_naming: dict[tuple[int, str], int] = {}
         self._expected: dict[int, list[Expected]] = {}
         self._placed: deque[tuple[float, Expected]] = deque()  # by the time when each is forgotten
         self._settling: deque[tuple[float, Expected]] = deque()
@@ -110,16 +113,17 @@ class PrefixIndex:
     def _remove(self, worker_id: str) -> None:
         worker = self._workers.pop(worker_id)
         self._empty(worker)
-        self._set_block_size(worker, 0)
+        self._set_naming(worker, 0, "")
         self._slots[worker.slot] = None
         worker.bit = 0
 
-    def _set_block_size(self, worker: _Worker, block_size: int) -> None:
-        if worker.block_size != block_size:
-            self._by_size[worker.block_size] = self._by_size.get(worker.block_size, 0) & ~worker.bit
-            self._by_size[block_size] = self._by_size.get(block_size, 0) | worker.bit
-            self._by_size = {size: mask for size, mask in self._by_size.items() if size and mask}
-            worker.block_size = block_size
+    def _set_naming(self, worker: _Worker, block_size: int, wire_dtype: str) -> None:
+        before, after = (worker.block_size, worker.wire_dtype), (block_size, wire_dtype)
+        if before != after:
+            self._by_naming[before] = self._by_naming.get(before, 0) & ~worker.bit
+            self._by_naming[after] = self._by_naming.get(after, 0) | worker.bit
+            self._by_naming = {naming: mask for naming, mask in self._by_naming.items() if naming[0] and mask}
+            worker.block_size, worker.wire_dtype = after
 
     # ---- what workers say --------------------------------------------------------------------------------------
 
@@ -132,8 +136,9 @@ class PrefixIndex:
         piece: int,
         pieces: int,
         hints: Sequence[int],
+        wire_dtype: str = "",
     ) -> None:
-        """One piece of all that a worker had after batch `seq`."""
+        """One piece of all that a worker had after batch `seq`; `wire_dtype` salts its names."""
         worker = self._workers.get(worker_id)
         if worker is None or worker.incarnation != incarnation:
             return
@@ -141,7 +146,7 @@ class PrefixIndex:
             return  # late, or again
         if piece == 0:
             self._empty(worker)
-            self._set_block_size(worker, block_size)
+            self._set_naming(worker, block_size, wire_dtype)
             worker.synced, worker.snapshot_seq, worker.piece = False, seq, 0
         elif worker.piece and seq == worker.snapshot_seq and piece < worker.piece:
             return  # again
@@ -232,7 +237,7 @@ class PrefixIndex:
         worker = self._workers.get(worker_id)
         if worker is None or not worker.block_size:
             return None
-        chain = prompt.chain(worker.block_size)
+        chain = prompt.chain(worker.block_size, worker.wire_dtype)
         start = cached_tokens // worker.block_size
         if start >= chain.blocks:
             return None
@@ -269,8 +274,8 @@ class PrefixIndex:
         """
         self.lookups += 1
         found = np.zeros(len(self._workers), dtype=np.int64)
-        for block_size, members in self._by_size.items():
-            self._walk(prompt.chain(block_size), members, now, found)
+        for naming, members in self._by_naming.items():
+            self._walk(prompt.chain(*naming), members, now, found)
         self.hits += bool(found.any())
         return found[: self._decode_count], found[self._decode_count :]
 

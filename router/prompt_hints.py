@@ -7,7 +7,7 @@ from __future__ import annotations
 from itertools import islice
 from struct import Struct
 
-from engine.prefix import names
+from engine.prefix import names, salted
 
 _STRIDE = 64  # blocks compared at once
 _AHEAD = 32  # blocks hashed at once, at most
@@ -52,17 +52,18 @@ class HintChain:
 
 
 class PromptHints:
-    """All chains of one prompt."""
+    """All chains of one prompt: for each block size, and for each way in which workers salt their names."""
 
     __slots__ = ("_chains", "_salt", "_tokens")
 
     def __init__(self, tokens: list[int], salt: str = "") -> None:
         self._tokens = tokens
         self._salt = salt
-        self._chains: dict[int, HintChain] = {}
+        self._chains: dict[tuple[int, str], HintChain] = {}
 
-    def chain(self, block_size: int) -> HintChain:
-        chain = self._chains.get(block_size)
+    def chain(self, block_size: int, wire_dtype: str = "") -> HintChain:
+        chain = self._chains.get((block_size, wire_dtype))
         if chain is None:
-            chain = self._chains[block_size] = HintChain(self._tokens, self._salt, block_size)
+            chain = HintChain(self._tokens, salted(self._salt, wire_dtype), block_size)
+            self._chains[block_size, wire_dtype] = chain
         return chain

@@ -25,14 +25,16 @@ class KvFeed:
     def __init__(self, incarnation: str) -> None:
         self._incarnation = incarnation
         self._block_size = 0
+        self._wire_dtype = ""
         self._seq = 0
         # In the order in which they came: the head of a prefix before what is built on it.
         self._hints: dict[int, None] = {}
         self._subscriptions: set[KvSubscription] = set()
 
-    def open(self, block_size: int) -> None:
-        """The engine is ready, with blocks of so many tokens."""
+    def open(self, block_size: int, wire_dtype: str = "") -> None:
+        """The engine is ready, with blocks of so many tokens, named as `engine.prefix.salted` says for `wire_dtype`."""
         self._block_size = block_size
+        self._wire_dtype = wire_dtype
 
     def apply(self, events: KvEvents) -> None:
         """The engine's next batch: the copy follows, and all subscriptions are told."""
@@ -64,6 +66,7 @@ class KvFeed:
                 incarnation=self._incarnation,
                 seq=self._seq,
                 block_size=self._block_size,
+                wire_dtype=self._wire_dtype,
                 piece=number,
                 pieces=len(pieces),
                 hashes=hashes,

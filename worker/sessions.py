@@ -236,9 +236,9 @@ class WorkerService:
         if end.reason == "error":
             log.error("request %s failed: %s", request_id, end.detail)
 
-    def ready(self, block_size: int) -> None:
-        """The engine can take requests."""
-        self._kv.open(block_size)
+    def ready(self, block_size: int, wire_dtype: str = "") -> None:
+        """The engine can take requests; see `KvFeed.open`."""
+        self._kv.open(block_size, wire_dtype)
 
     def kv_events(self, events: KvEvents) -> None:
         """The prefix cache changed: every router that asked is told."""

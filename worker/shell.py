@@ -144,7 +144,10 @@ class WorkerShell:
         elif isinstance(message, KvEvents):
             self.service.kv_events(message)
         elif isinstance(message, Ready):
-            self.service.ready(self.spec.block_size)
+            # What a prefill worker has was computed there, and has the plain names.
+            self.service.ready(
+                self.spec.block_size, self.spec.wire_dtype if self.spec.role == "decode" else ""
+            )
             assert self._is_ready is not None
             self._is_ready.set_result(message)
         elif isinstance(message, PeerRefused):

@@ -160,20 +160,22 @@ class KvEvents(_message.Message):
     def __init__(self, incarnation: _Optional[str] = ..., seq: _Optional[int] = ..., added: _Optional[bytes] = ..., evicted: _Optional[bytes] = ..., cleared: _Optional[bool] = ...) -> None: ...
 
 class KvSnapshot(_message.Message):
-    __slots__ = ("incarnation", "seq", "block_size", "piece", "pieces", "hashes")
+    __slots__ = ("incarnation", "seq", "block_size", "piece", "pieces", "hashes", "wire_dtype")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     PIECE_FIELD_NUMBER: _ClassVar[int]
     PIECES_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     seq: int
     block_size: int
     piece: int
     pieces: int
     hashes: bytes
-    def __init__(self, incarnation: _Optional[str] = ..., seq: _Optional[int] = ..., block_size: _Optional[int] = ..., piece: _Optional[int] = ..., pieces: _Optional[int] = ..., hashes: _Optional[bytes] = ...) -> None: ...
+    wire_dtype: str
+    def __init__(self, incarnation: _Optional[str] = ..., seq: _Optional[int] = ..., block_size: _Optional[int] = ..., piece: _Optional[int] = ..., pieces: _Optional[int] = ..., hashes: _Optional[bytes] = ..., wire_dtype: _Optional[str] = ...) -> None: ...
 
 class PromptEntry(_message.Message):
     __slots__ = ("key", "attempt", "first_index", "logprobs")

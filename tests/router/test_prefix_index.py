@@ -311,7 +311,7 @@ class IndexMachine(RuleBasedStateMachine):
         sizes = {name: self.naive[name].known and SIZES[name] for name in workers}
         for size in {0, *SIZES.values()}:
             mask = sum(worker.bit for name, worker in workers.items() if size and sizes[name] == size)
-            assert index._by_size.get(size, 0) == mask
+            assert index._by_naming.get((size, ""), 0) == mask
         assert all(one.chain is not None for waiting in index._expected.values() for one in waiting)
         assert all(index._expected.values())
 
@@ -455,3 +455,24 @@ def test_what_was_expected_and_never_came_is_forgotten() -> None:
     assert index.expect(PromptHints([98] * 8), "d0", 0, 5.0 + FORGET_S) is not None
     assert [one.chain is None for one in kept] == [True] * 6 + [False] * 4
     assert len(index._expected) == 4 + 2
+
+
+def test_workers_that_take_narrowed_kv_name_it_otherwise() -> None:
+    """One exact worker and two that are told of int8; each is found by the names that it says."""
+    index = full(workers=3)
+    tokens = list(range(12))
+    exact, narrowed = (hints_of(tokens), [chain_of(tokens, "int8")[at] for at in range(3)])
+    assert not set(exact) & set(narrowed)
+    index.snapshot("d0", "life", 1, 4, 0, 1, exact)
+    index.snapshot("d1", "life", 1, 4, 0, 1, narrowed, "int8")
+    index.snapshot("d2", "life", 1, 4, 0, 1, exact, "int8")  # names that are not its own mean nothing
+    decode, _ = index.match(PromptHints(tokens), 0.0)
+    assert decode.tolist() == [12, 12, 0]
+    index.expect(PromptHints(tokens), "d2", 0, 0.0)
+    assert index.match(PromptHints(tokens), 1.0)[0].tolist() == [12, 12, 12]
+    index.set_workers([("d0", "life")], [])
+    assert index._by_naming == {(4, ""): 1}
+
+
+def chain_of(tokens: list[int], wire_dtype: str) -> HintChain:
+    return PromptHints(tokens).chain(4, wire_dtype)

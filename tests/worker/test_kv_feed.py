@@ -36,7 +36,7 @@ class Listener:
         if message.HasField("kv_snapshot"):
             assert not message.kv_events
             piece = message.kv_snapshot
-            assert (piece.incarnation, piece.block_size) == ("life", 16)
+            assert (piece.incarnation, piece.block_size, piece.wire_dtype) == ("life", 16, "int8")
             if piece.piece == 0:
                 self.has.clear()
                 self.pieces = []
@@ -69,7 +69,7 @@ class FeedMachine(RuleBasedStateMachine):
         self.cached: set[bytes] = set()
         self.told: set[bytes] = set()
         self.feed = KvFeed("life")
-        self.feed.open(16)
+        self.feed.open(16, "int8")
         self.listeners: list[Listener] = []
 
     def teardown(self) -> None:
@@ -151,7 +151,7 @@ TestFeed = FeedMachine.TestCase
 @given(st.integers(0, 7))
 def test_a_snapshot_has_at_least_one_piece(count: int) -> None:
     feed = KvFeed("life")
-    feed.open(16)
+    feed.open(16, "int8")
     journal = CacheJournal()
     for name in NAMES[:count]:
         journal.add(name)

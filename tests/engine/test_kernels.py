@@ -49,7 +49,7 @@ def test_in_the_interpreter(file: Path) -> None:
     assert " passed" in out and "skipped" not in out
 
 
-# What the hot loops are expected to become on each architecture, and how many bytes a thread may spill there.
+# What the hot loops are expected to become on each architecture, and how many bytes a thread of attention may spill.
 MATRIX_UNIT = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 SPILLED = {80: 128, 90: 0, 100: 0}
 
@@ -66,7 +66,8 @@ def test_compiled_ahead(case: str, arches: tuple[int, ...], tmp_path: Path) -> N
     }
     assert len(rows) == len(arches) * (len(printed.splitlines()) - 2) >= 9 * len(arches)
     for row in rows:
-        assert row["spill_bytes"] <= SPILLED[row["arch"]], row
+        attends = row["kernel"].startswith("attend")
+        assert row["spill_bytes"] <= (SPILLED[row["arch"]] if attends else 64), row
         if row["kernel"] == "attend_tiles":
             assert row["matrix_unit"] == MATRIX_UNIT[row["arch"]]
         if row["kernel"] == "attend_splits":

@@ -48,9 +48,12 @@ class Sampling(TypedDict, total=False):
     cache_salt: str | None  # requests with different salts share no cached KV
     ttft_ms: int | None  # targets: the first token within so long
     itl_ms: int | None  # and each further one
+    deadline_ms: int | None  # refused when the first token cannot come by then
+    user: str | None  # tenant
 
 
-_BESIDE = ("priority", "cache_salt", "ttft_ms", "itl_ms")  # in the request, not among the sampling parameters
+# In the request, not among the sampling parameters.
+_BESIDE = ("priority", "cache_salt", "ttft_ms", "itl_ms", "deadline_ms", "user")
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,10 @@ class RouterSection(_Section):
     decision_log_mib: Annotated[float, Field(gt=0)] = (
         256.0  # then it becomes NAME.1, in the place of the last one
     )
+    tenants: dict[str, Annotated[float, Field(gt=0)]] = {}  # shares by `user`; who is not named has 1
+    worker_queue: NotNegative = 32  # requests that may wait at a decode worker; the others wait in the router
+    max_queued: NotNegative = 512
+    max_queued_s: Seconds = 60.0
     max_active: Positive = 1024
     # Blocks at workers that the router's prefix index keeps at most, about 250 bytes each; beyond that the least
     # recently used are forgotten, and prompts that begin so find their worker by chance.

@@ -25,6 +25,7 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 16
 MAX_PRIORITY = 1000
 MAX_SALT_CHARS = 256
+MAX_USER_CHARS = 256
 MAX_TARGET_MS = 24 * 3600 * 1000
 
 
@@ -67,6 +68,8 @@ class GenerateCall:
     priority: int = 0  # less is more urgent
     ttft_ms: int | None = None  # targets; None: the deployment's
     itl_ms: int | None = None
+    deadline_ms: int | None = None  # for the first token: refused when it cannot be kept
+    user: str = ""  # tenant
 
 
 def invalid(message: str, param: str) -> Refused:
@@ -121,7 +124,9 @@ def check_sampling(call: GenerateCall, vocab_size: int) -> None:
         raise invalid(
             f"cache_salt has {len(call.salt)} characters, at most {MAX_SALT_CHARS} are allowed", "cache_salt"
         )
-    for name in ("ttft_ms", "itl_ms"):
+    if len(call.user) > MAX_USER_CHARS:
+        raise invalid(f"user has {len(call.user)} characters, at most {MAX_USER_CHARS} are allowed", "user")
+    for name in ("ttft_ms", "itl_ms", "deadline_ms"):
         target = getattr(call, name)
         if target is not None and not 1 <= target <= MAX_TARGET_MS:
             raise invalid(f"{name} must be between 1 and {MAX_TARGET_MS}, not {target}", name)

@@ -13,13 +13,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-import numpy as np
-
 from baton import RELEASE
 from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2 as pb
-from engine.api import Logprobs, SamplingParams, Trace
+from engine.api import Trace
 from router.account import Account
+from router.admission import Admission, Ticket
 from router.decisions import DecisionLog
 from router.dispatch_api import (
     ChoiceEnded,
@@ -40,6 +39,7 @@ from router.prefix_index import Expected, PrefixIndex
 from router.prompt_hints import PromptHints
 from router.spec import RouterSpec
 from router.view import ClusterView, View
+from router.worker_messages import hints_of, logprobs_of, submit_message, trace_of
 
 log = logging.getLogger("baton.router")
 
@@ -51,10 +51,13 @@ class Flight:
     """One request under way: what has come for it and was not taken yet. One consumer."""
 
     __slots__ = (
-        "_events", "_untaken", "_waiter", "account", "decision", "expected", "key", "link", "placement",
+        "_events", "_untaken", "_waiter", "account", "decision", "expected", "key", "link", "placement", "ticket",
     )  # fmt: skip
 
-    def __init__(self, key: int, link: WorkerLink, placement: Placement, account: Account) -> None:
+    def __init__(
+        self, key: int, link: WorkerLink, placement: Placement, ticket: Ticket, account: Account
+    ) -> None:
+        self.ticket = ticket
         self.key = key
         self.link = link
         self.placement = placement
@@ -98,6 +101,8 @@ class WorkerDispatcher:
         self.index = PrefixIndex(spec.prefix_index_entries)
         self.placements = Placements(self.cluster)
         self.decisions = DecisionLog(spec.decisions_bytes)
+        self.admission = Admission(spec.tenants, spec.max_queued)
+        self._turns: dict[int, tuple[Prompt, asyncio.Future[Flight]]] = {}  # by arrival, of those that wait
         self._policy = find(spec.policy)
         self._links: dict[str, WorkerLink] = {}  # by worker id
         self._flights: dict[int, Flight] = {}
@@ -114,6 +119,11 @@ class WorkerDispatcher:
     def active(self) -> int:
         return len(self._flights)
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait here for their turn."""
+        return len(self.admission)
+
     async def generate(self, prompt: Prompt) -> AsyncGenerator[Event, bool | None]:
         """See `Dispatcher.generate`."""
         if len(self._flights) >= self.spec.max_active:
@@ -122,7 +132,7 @@ class WorkerDispatcher:
                 f"this router has {self.spec.max_active} requests already",
                 retry_after_s=RETRY_AFTER_S,
             )
-        flight = self._submit(prompt)
+        flight = await self._admit(prompt)
         ended = False
         try:
             while not ended:
@@ -140,9 +150,85 @@ class WorkerDispatcher:
                         flight.decision.reason,
                     )
         finally:
-            if not ended:  # the client is gone: nobody is to work for it any longer
-                flight.link.send(pb.ToWorker(cancel=pb.Cancel(key=flight.key)))
-                self._land(flight)
+            if not ended:  # the client is gone
+                self._abandon(flight)
+
+    async def _admit(self, prompt: Prompt) -> Flight:
+        """Submits the request when it is its turn. Raises Refused."""
+        tokens = len(prompt.tokens) + prompt.n * prompt.sampling.max_tokens
+        ticket = self.admission.enter(prompt.tenant, prompt.priority, tokens)
+        try:
+            if not len(self.admission) and self._has_room():
+                self.admission.admitted(ticket)
+                return self._submit(prompt, ticket)
+            return await self._wait(prompt, ticket)
+        except Refused:
+            self._spent(ticket, 0)
+            raise
+
+    async def _wait(self, prompt: Prompt, ticket: Ticket) -> Flight:
+        """In the queue, at most until the deadline."""
+        if self.admission.full:
+            raise Refused(
+                RefusalKind.NO_ROOM,
+                f"{self.spec.max_queued} requests wait at this router already",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        turn: asyncio.Future[Flight] = asyncio.get_running_loop().create_future()
+        self.admission.wait(ticket)
+        self._turns[ticket.arrival] = (prompt, turn)
+        limit_s = self.spec.max_queued_s
+        if prompt.deadline_s is not None:
+            limit_s = min(limit_s, prompt.account.arrived + prompt.deadline_s - time.monotonic())
+        flight = None
+        try:
+            async with asyncio.timeout(max(0.0, limit_s)):
+                flight = await turn
+            return flight
+        except TimeoutError:
+            if limit_s < self.spec.max_queued_s:
+                raise _too_late(prompt, "it waited for its turn") from None
+            raise Refused(
+                RefusalKind.NO_ROOM,
+                f"no room within {self.spec.max_queued_s:g} s",
+                retry_after_s=RETRY_AFTER_S,
+            ) from None
+        finally:
+            self._turns.pop(ticket.arrival, None)
+            self.admission.leave(ticket)
+            if flight is None and turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._abandon(turn.result())  # its turn came while its client left, or its time was over
+
+    def _has_room(self) -> bool:
+        """A decode worker would soon begin with one more. True also when there is none: that is told at once."""
+        pool = self.cluster.view.decode
+        if not pool.usable.any():
+            return True
+        return bool((pool.candidates & (pool.sequences < pool.max_running + self.spec.worker_queue)).any())
+
+    def _next_turns(self) -> None:
+        """Something changed at the workers: whoever can go in now does."""
+        while len(self.admission) and self._has_room():
+            ticket = self.admission.next()
+            if ticket is None:
+                return
+            prompt, turn = self._turns.pop(ticket.arrival)
+            if turn.done():
+                continue
+            try:
+                turn.set_result(self._submit(prompt, ticket))
+            except Refused as refused:
+                turn.set_exception(refused)
+
+    def _spent(self, ticket: Ticket, tokens: int) -> None:
+        """The request used so many tokens; it was counted with `ticket.tokens`."""
+        self.admission.give_back(ticket.tenant, ticket.tokens - tokens)
+        ticket.tokens = tokens
+
+    def _abandon(self, flight: Flight) -> None:
+        """Nobody waits for it any longer: nobody is to work for it either."""
+        flight.link.send(pb.ToWorker(cancel=pb.Cancel(key=flight.key)))
+        self._land(flight)
 
     async def _stopped(self, flight: Flight) -> bool:
         """Cancels a request of which enough has come, and waits for its end, which brings its trace. False when the
@@ -157,17 +243,24 @@ class WorkerDispatcher:
             return False
         return True
 
-    def _submit(self, prompt: Prompt) -> Flight:
+    def _submit(self, prompt: Prompt, ticket: Ticket) -> Flight:
         now = time.monotonic()
         hints = PromptHints(prompt.tokens, prompt.salt)
         ask = self._ask(prompt, hints, now)
         view = self.cluster.view
         decision = self._decide(ask, view, now)
+        if (
+            prompt.deadline_s is not None
+            and now + decision.ttft_s > prompt.account.arrived + prompt.deadline_s
+        ):
+            raise _too_late(
+                prompt, f"it would come {now + decision.ttft_s - prompt.account.arrived:.3f} s after"
+            )
         self.decisions.decided(ask, view, now, time.time(), self.spec.policy, decision)
         link = self._links[decision.decode_worker]
-        message = pb.ToWorker(submit=_submit_message(self._next_key, prompt, decision))
+        message = pb.ToWorker(submit=submit_message(self._next_key, prompt, decision))
         placement = self.placements.submitted(decision, ask, now)
-        flight = Flight(self._next_key, link, placement, prompt.account)
+        flight = Flight(self._next_key, link, placement, ticket, prompt.account)
         self._next_key += 1
         self._flights[flight.key] = flight
         self._expect(flight, hints, ask, now)
@@ -187,7 +280,7 @@ class WorkerDispatcher:
             decode_cached=decode_cached,
             prefill_cached=prefill_cached,
             request_id=prompt.request_id,
-            ttft_s=prompt.ttft_s or self.spec.ttft_s,
+            ttft_s=max(0.001, (prompt.ttft_s or self.spec.ttft_s) - (now - prompt.account.arrived)),
             itl_s=prompt.itl_s or self.spec.itl_s,
         )
 
@@ -218,9 +311,12 @@ class WorkerDispatcher:
         if self._flights.pop(flight.key, None) is None:
             return
         self.placements.ended(flight.placement)
+        account = flight.account
+        self._spent(flight.ticket, account.prompt_tokens + account.generated_tokens)
         for expected in flight.expected:  # it ends without a first token
             self.index.forget(expected)
         flight.expected.clear()
+        self._next_turns()
 
     def _settle(self, flight: Flight, now: float) -> None:
         """Its first token came: what it was expected to leave in the caches will soon be told."""
@@ -235,7 +331,7 @@ class WorkerDispatcher:
         for scores in message.prompts:
             flight = self._flights.get(scores.key)
             if flight is not None:
-                flight.push(PromptScores(scores.first_index, _logprobs(scores.logprobs)))
+                flight.push(PromptScores(scores.first_index, logprobs_of(scores.logprobs)))
         for entry in message.tokens:
             flight = self._flights.get(entry.key)
             if flight is not None:
@@ -243,7 +339,7 @@ class WorkerDispatcher:
                     self._settle(flight, now)
                 gap_s = self.metrics.tokens(flight.account, entry.choice, len(entry.ids), now)
                 self.placements.token(flight.placement, entry.choice, now, gap_s)
-                logprobs = _logprobs(entry.logprobs) if entry.HasField("logprobs") else None
+                logprobs = logprobs_of(entry.logprobs) if entry.HasField("logprobs") else None
                 flight.push(NewTokens(entry.first_index, list(entry.ids), entry.choice, logprobs))
         for end in message.ends:
             if end.HasField("trace"):
@@ -259,6 +355,7 @@ class WorkerDispatcher:
             self._cached(link, message, now)
         if message.HasField("status"):
             self.placements.told(link.member.worker_id, link.member.role, link.status, now)
+            self._next_turns()
             if not self.index.synced(link.member.worker_id):
                 link.resubscribe(now)
 
@@ -275,15 +372,17 @@ class WorkerDispatcher:
                 s.block_size,
                 s.piece,
                 s.pieces,
-                _hints(s.hashes),
+                hints_of(s.hashes),
                 s.wire_dtype,
             )
         for e in message.kv_events:
-            self.index.events(worker_id, e.incarnation, e.seq, _hints(e.added), _hints(e.evicted), e.cleared)
+            self.index.events(
+                worker_id, e.incarnation, e.seq, hints_of(e.added), hints_of(e.evicted), e.cleared
+            )
 
     def _end(self, flight: Flight, end: pb.RequestEnd) -> Ended | Refused:
         if end.HasField("trace"):
-            flight.account.trace = _trace(end.trace)
+            flight.account.trace = trace_of(end.trace)
         if end.reason in ("stop", "length"):
             worker = flight.decision.decode_worker
             return Ended(
@@ -306,6 +405,7 @@ class WorkerDispatcher:
                 )
             )
             self._land(flight)
+        self._next_turns()
 
     # ---- membership and status ---------------------------------------------------------------------------------
 
@@ -339,6 +439,7 @@ class WorkerDispatcher:
         self.index.set_workers(decode, prefill)
         for member in members:
             self.placements.book(member.role).set_draining(member.worker_id, member.draining)
+        self._next_turns()
         await asyncio.gather(*retired, return_exceptions=True)
 
     def workers(self) -> Iterator[tuple[api.WorkerStatus, int]]:
@@ -366,62 +467,10 @@ class WorkerDispatcher:
         await asyncio.gather(*(link.close() for link in self._links.values()))
 
 
-def _hints(packed: bytes) -> list[int]:
-    """Of `KvEvents` and `KvSnapshot`."""
-    hints: list[int] = np.frombuffer(packed, dtype="<u8").tolist()
-    return hints
-
-
-def _submit_message(key: int, prompt: Prompt, decision: Decision) -> pb.Submit:
-    return pb.Submit(
-        key=key,
-        request_id=prompt.request_id,
-        prompt=prompt.tokens,
-        sampling=_sampling(prompt.sampling),
-        prefill_worker=decision.prefill_worker or decision.alternative or "",
-        local_below_tokens=decision.local_below_tokens,
-        salt=prompt.salt,
-        priority=prompt.priority,
-        n=prompt.n,
-        local=decision.prefill_worker is None and decision.alternative is not None,
-        handoff_s=decision.handoff_s,
+def _too_late(prompt: Prompt, why: str) -> Refused:
+    return Refused(
+        RefusalKind.TOO_LATE,
+        f"the first token cannot come within {1e3 * (prompt.deadline_s or 0):g} ms: {why}",
+        param="deadline_ms",
+        retry_after_s=RETRY_AFTER_S,
     )
-
-
-def _sampling(sampling: SamplingParams) -> pb.EngineSampling:
-    return pb.EngineSampling(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        choice=sampling.choice,
-        max_tokens=sampling.max_tokens,
-        stop_token_ids=sampling.stop_token_ids,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        bias_ids=[token for token, _ in sampling.logit_bias],
-        bias=[bias for _, bias in sampling.logit_bias],
-        min_tokens=sampling.min_tokens,
-        logprobs=sampling.logprobs,
-        prompt_logprobs=sampling.prompt_logprobs,
-    )
-
-
-def _logprobs(message: api.Logprobs) -> Logprobs:
-    return Logprobs(list(message.chosen), list(message.top_ids), list(message.top))
-
-
-def _trace(trace: api.Trace) -> Trace:
-    names = {
-        "prefilled",
-        "prefill_worker",
-        "cached_tokens",
-        "remote_tokens",
-        "handoff_bytes",
-        "queue_s",
-        "handoff_s",
-    }
-    names |= {"prefill_s", "ttft_s", "decode_s", "fallback"}
-    return Trace(**{name: getattr(trace, name) for name in names})

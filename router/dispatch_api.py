@@ -17,16 +17,17 @@ class RefusalKind(Enum):
     INVALID = ("INVALID_ARGUMENT", 400)
     NOT_FOUND = ("NOT_FOUND", 404)
     NO_ROOM = ("RESOURCE_EXHAUSTED", 429)
+    TOO_LATE = ("RESOURCE_EXHAUSTED", 429, "deadline")  # its first token cannot come by its deadline
     UNAVAILABLE = ("UNAVAILABLE", 503)
     INTERNAL = ("INTERNAL", 500)
 
     @property
     def grpc_code(self) -> str:
-        return self.value[0]
+        return str(self.value[0])
 
     @property
     def http_status(self) -> int:
-        return self.value[1]
+        return int(self.value[1])
 
 
 class Refused(Exception):
@@ -54,6 +55,8 @@ class Prompt:
     n: int = 1  # choices
     ttft_s: float | None = None  # targets of its own; None: the deployment's
     itl_s: float | None = None
+    deadline_s: float | None = None  # for the first token, from arrival
+    tenant: str = ""
     account: Account = field(default_factory=Account, compare=False)
 
 

@@ -171,6 +171,8 @@ class Generation:
             n=call.n or 1,
             ttft_s=None if call.ttft_ms is None else call.ttft_ms / 1e3,
             itl_s=None if call.itl_ms is None else call.itl_ms / 1e3,
+            deadline_s=None if call.deadline_ms is None else call.deadline_ms / 1e3,
+            tenant=call.user,
         )
 
     async def _tokens(self, call: GenerateCall) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -175,6 +176,8 @@ def _call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         salt=request.cache_salt,
         ttft_ms=request.ttft_ms or None,
         itl_ms=request.itl_ms or None,
+        deadline_ms=request.deadline_ms or None,
+        user=request.user,
     )
 
 
@@ -239,11 +242,13 @@ def _trace(trace: Trace, decode_worker: str, decision: str) -> inference_pb2.Tra
 
 async def _abort(context: Context, refused: Refused) -> NoReturn:
     """Ends the call with the refusal's status; details as in google/rpc/error_details.proto."""
-    details = []
+    details: list[Message] = []
     if refused.retry_after_s > 0 or refused.kind is RefusalKind.NO_ROOM:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(refused.retry_after_s * 1e9))
         details.append(retry)
+    if refused.kind is RefusalKind.TOO_LATE:
+        details.append(error_details_pb2.ErrorInfo(reason="DEADLINE_UNREACHABLE", domain="baton"))
     if refused.param:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=refused.param, description=refused.message
@@ -258,7 +263,7 @@ async def _abort(context: Context, refused: Refused) -> NoReturn:
     raise AssertionError("abort_with_status raises")
 
 
-def _packed(message: error_details_pb2.RetryInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+def _packed(message: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed

@@ -25,6 +25,7 @@ _ERROR_TYPES = {
     RefusalKind.INVALID: ("invalid_request_error", None),
     RefusalKind.NOT_FOUND: ("invalid_request_error", "model_not_found"),
     RefusalKind.NO_ROOM: ("rate_limit_error", "rate_limit_exceeded"),
+    RefusalKind.TOO_LATE: ("rate_limit_error", "deadline_unreachable"),
     RefusalKind.UNAVAILABLE: ("service_unavailable_error", "unavailable"),
     RefusalKind.INTERNAL: ("server_error", "internal_error"),
 }

@@ -32,7 +32,6 @@ _HARMLESS = frozenset(
         "safety_identifier",
         "service_tier",
         "store",
-        "user",
     }
 )
 # Field -> values that ask for nothing. Absent and null are always neutral. Types count: false is neutral for the chat's
@@ -107,6 +106,8 @@ class _Body(BaseModel):
     cache_salt: str | None = None
     ttft_ms: Int | None = None  # no other server has these
     itl_ms: Int | None = None
+    deadline_ms: Int | None = None
+    user: str | None = None
     ignore_eos: Flag | None = None
     stop_token_ids: list[Int] | None = None
     return_token_ids: Flag | None = None
@@ -151,6 +152,8 @@ class _Body(BaseModel):
             salt=self.cache_salt or "",
             ttft_ms=self.ttft_ms,
             itl_ms=self.itl_ms,
+            deadline_ms=self.deadline_ms,
+            user=self.user or "",
         )
 
 

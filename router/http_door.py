@@ -113,6 +113,8 @@ class _Door:
         try:
             body = parse(kind, await self._body(request))
             calls = body.calls(request_id)
+            for call in calls:
+                call.user = call.user or request.headers.get("x-baton-tenant", "")
             answers = Answers(
                 chat=kind is ChatBody,
                 request_id=request_id,

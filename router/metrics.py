@@ -220,6 +220,7 @@ class Collector:
         requests: RequestMetrics,
         workers: Callable[[], Iterable[tuple[api.WorkerStatus, int]]],
         active: Callable[[], int],
+        queued: Callable[[], int],
         index: PrefixIndex,
         *,
         restarts: int,
@@ -228,6 +229,7 @@ class Collector:
         self._requests = requests
         self._workers = workers
         self._active = active
+        self._queued = queued
         self._index = index
         self._restarts = restarts
         self._build = build
@@ -238,6 +240,9 @@ class Collector:
         yield info
         yield GaugeMetricFamily(
             "baton_active_requests", "Requests under way in this router.", value=self._active()
+        )
+        yield GaugeMetricFamily(
+            "baton_queued_requests", "Requests that wait in this router for their turn.", value=self._queued()
         )
         yield CounterMetricFamily(
             "baton_router_restarts", "How often this router was started again.", value=self._restarts

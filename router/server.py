@@ -148,6 +148,7 @@ class Router:
             self.dispatcher.metrics,
             self.dispatcher.workers,
             lambda: self.dispatcher.active,
+            lambda: self.dispatcher.queued,
             self.dispatcher.index,
             restarts=self.spec.restarts,
             build={

@@ -28,6 +28,10 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     decisions_bytes: int = 32 << 20  # of decisions that can be explained
     decision_log: str = ""  # a file with all of them; empty: none
     decision_log_bytes: int = 256 << 20
+    tenants: dict[str, float] = {}  # weights; who is not named weighs 1
+    worker_queue: int = 32  # requests that may wait at a decode worker; the others wait here
+    max_queued: int = 512  # here, at most
+    max_queued_s: float = 60.0  # so long
     max_active: int = 1024  # requests in this router; beyond that RESOURCE_EXHAUSTED
     prefix_index_entries: int = 1_000_000  # blocks at workers that the prefix index keeps at most
     log_format: Literal["text", "json"] = "text"

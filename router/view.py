@@ -120,6 +120,7 @@ _UNKNOWN = {
         for name, value in msgspec.structs.asdict(Spread()).items()
     },
 }
+_LIMITS = ("max_running", "step_tokens", "capacity_tokens")  # 0 means that they were not told
 _BLANK: Floats = np.array([_UNKNOWN.get(name, 0.0) for name in COLUMNS])
 
 
@@ -207,7 +208,12 @@ class PoolBook:
         if worker_id in self._index:
             rows = [_AT[name] for name in numbers]
             at = self._index[worker_id]
-            self._numbers[rows, at] = list(numbers.values())
+            self._numbers[rows, at] = [
+                number if number > 0 or name not in _LIMITS else _UNKNOWN[name]
+                for name, number in numbers.items()
+            ]
+            if self._numbers[_AT["capacity_tokens"], at] == UNLIMITED:
+                self._numbers[_AT["available_tokens"], at] = UNLIMITED
             self._derive(at)
 
     def reported_at(self, worker_id: str, when: float) -> None:

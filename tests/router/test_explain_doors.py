@@ -21,7 +21,8 @@ async def test_a_decision_is_explained_over_both_doors_and_written(tmp_path: Pat
     async with deployed(tmp_path / "model", HandWorker(_answer), decision_log=str(log), policy="cost") as at:
         await at.ask(request_id="asked", text="the quick brown fox", ttft_ms=300)
         told = await at.decisions.Explain(api.ExplainRequest(request_id="asked"), timeout=10)
-        assert (told.request_id, told.policy, told.ttft_target_s) == ("asked", "cost", 0.3)
+        assert (told.request_id, told.policy) == ("asked", "cost")
+        assert 0 < told.ttft_target_s <= 0.3, "what was left of it when it was decided"
         assert told.decode_worker == "decode-0" and told.reason.startswith("local")
         assert [one.chosen for one in told.candidates] == [True]
         assert told.outcome.outcome == "length" and told.outcome.ttft_s > 0

@@ -143,3 +143,12 @@ def test_what_is_unreported_is_what_was_placed_since(events: list[tuple[bool, fl
         cluster.set_workers(["d1", "d0"] if len(known) % 2 else ["d0"], [])
         assert cluster.view.decode.new_tokens[book.at("d0")] == total
         cluster.set_workers(["d0"], [])
+
+
+def test_limits_that_were_not_told_limit_nothing() -> None:
+    placed = books()
+    placed.told("d0", "decode", api.WorkerStatus(queue=api.WorkerQueue(room=1), running=3), now=1.0)
+    pool = placed.cluster.view.decode
+    assert (
+        min(pool.max_running[0], pool.step_tokens[0], pool.capacity_tokens[0], pool.available_tokens[0]) > 100
+    )

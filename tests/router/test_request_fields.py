@@ -29,7 +29,7 @@ def test_targets_over_both_doors() -> None:
     assert (_call(api.GenerateRequest(text="x")).ttft_ms, GenerateCall().itl_ms) == (None, None)
 
 
-@pytest.mark.parametrize("field", ["ttft_ms", "itl_ms"])
+@pytest.mark.parametrize("field", ["ttft_ms", "itl_ms", "deadline_ms"])
 @pytest.mark.parametrize("value", [0, -5, 10**9])
 def test_a_target_out_of_bounds_is_named(field: str, value: int) -> None:
     with pytest.raises(Refused, match=f"{field} must be between 1 and") as refused:
@@ -38,9 +38,15 @@ def test_a_target_out_of_bounds_is_named(field: str, value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", [GenerateCall(priority=1001), GenerateCall(priority=-1001), GenerateCall(salt="s" * 257)]
+    "call",
+    [
+        GenerateCall(priority=1001),
+        GenerateCall(priority=-1001),
+        GenerateCall(salt="s" * 257),
+        GenerateCall(user="u" * 257),
+    ],
 )
 def test_limits_are_named(call: GenerateCall) -> None:
-    with pytest.raises(Refused, match="priority|cache_salt") as refused:
+    with pytest.raises(Refused, match="priority|cache_salt|user") as refused:
         check_sampling(call, 100)
-    assert refused.value.param in ("priority", "cache_salt")
+    assert refused.value.param in ("priority", "cache_salt", "user")

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from engine.api import SamplingParams
-from engine.gpu_plan import Upload
+from engine.attention import Rows
+from engine.gpu_plan import GpuPlanner, Upload
+from engine.kv_cache import KVCache
 from engine.model_config import ModelConfig
 from engine.plan import BlockTable, Row, StepPlan
 from engine.runner import Runner, load_runner
@@ -42,7 +44,7 @@ def table(*blocks: int) -> BlockTable:
 
 def steps() -> list[StepPlan]:
     """Three sequences: a long one in two chunks, a short one, and one that begins when the others already decode."""
-    long, short, late = (families.prompts([length])[0] for length in (40, 10, 5))
+    long, short, late = families.prompts([40, 10, 5])
     tables = table(*range(30, 24, -1)), table(3, 9), table(12)
     how = [
         SamplingParams(temperature=t, top_k=k, top_p=p, seed=k)
@@ -87,6 +89,49 @@ def test_what_does_not_fit_is_refused(
         fused.run(StepPlan(1, [Row(longest, [5], table(*range(40), 1), None)]))
     with pytest.raises(IndexError, match="token id 320 is outside the vocabulary"):
         fused.run(StepPlan(1, [Row(0, [320], table(1), None)]))
+
+
+def test_a_plan_says_where_everything_is(device: torch.device) -> None:
+    """Two decode rows, the second beyond a split and its window, then two spans."""
+    config = ModelConfig.from_dict(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        | {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 9, "max_position_embeddings": 900}
+    )
+    cache = KVCache(config, 100, 8, torch.float32, device)
+    tables = [np.arange(width, dtype=np.int32)[::-1].copy() for width in (2, 80, 1, 9)]
+    rows = Rows([3, 600, 0, 60], [1, 1, 5, 7], tables, 2, 8)
+    positions = np.concatenate(
+        [start + np.arange(count) for start, count in zip(rows.starts, rows.counts, strict=True)]
+    )
+    planner = GpuPlanner(cache, 4, [0, 100, 0])
+    plan = planner.plan(np.arange(14), positions, rows, np.array([1, 13]))
+    slots = [
+        8 * int(tables[row][p // 8]) + p % 8
+        for row, p in zip([0, 1, *[2] * 5, *[3] * 7], positions, strict=True)
+    ]
+    assert plan.slots.tolist() == slots and plan.positions.tolist() == positions.tolist()
+    assert plan.tokens.tolist() == list(range(14)) and plan.lengths.tolist() == [4, 601]
+    assert plan.wanted is not None and plan.wanted.tolist() == [1, 13]
+    for found, each in ((plan.decode_tables, tables[:2]), (plan.span_tables, tables[2:])):
+        begins = found.starts.tolist()
+        assert len(begins) == 2
+        for begin, table_of_row in zip(begins, each, strict=True):
+            assert found.blocks[begin : begin + len(table_of_row)].tolist() == table_of_row.tolist()
+    assert plan.spans.starts.tolist() == [0, 60] and plan.spans.firsts.tolist() == [2, 7, 14]
+    assert sorted(plan.spans.tiles.tolist()) == [[0, 0], [1, 0]]
+    assert sorted(plan.parts) == [0, 100]
+    assert plan.parts[0].firsts.tolist() == [0, 1, 4] and plan.parts[0].rows[:4].tolist() == [0, 1, 1, 1]
+    assert plan.parts[100].firsts.tolist() == [0, 1, 3] and plan.parts[100].rows[:3].tolist() == [0, 1, 1]
+    assert len(plan.partials.values) >= 4
+    nothing = planner.plan(
+        np.zeros(0, np.int64), np.zeros(0, np.int64), Rows([], [], [], 0, 8), np.zeros(0, np.int64)
+    )
+    assert nothing.wanted is None and len(nothing.spans.tiles) == 0
 
 
 def test_sections_stay_where_they_are_while_the_last_one_grows(device: torch.device) -> None:

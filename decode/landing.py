@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from decode.handoff import Handoff, Landing
@@ -45,7 +45,7 @@ from kvtransfer.messages import (
 )
 from kvtransfer.plan import Plan
 from worker.messages import FromPeer, PeerRefused, ToPeer
-from worker.role import Action
+from worker.role import Action, Owner
 
 PROBE_PERIOD_S = 0.25
 CREDITS_PER_HANDOFF = 4  # enough to hide a round trip behind a chunk's write; more would only hold slots
@@ -161,6 +161,22 @@ class LandingZone:
         return others_wait or (
             waits_for_blocks and self.blocks.available < oldest.remaining_blocks(self.blocks)
         )
+
+    def owners(self) -> Iterator[Owner]:
+        """Hand-offs with the verified chunks that wait for an earlier one, and copies. What is in order is the
+        request's, as is the cached prefix."""
+        for handoff in self._handoffs.values():
+            yield Owner(
+                name=f"{handoff.peer}/{handoff.handoff_id}",
+                kind="hand-off",
+                state=f"{handoff.verified} of {len(handoff.chunks)} chunks",
+                blocks=[block for blocks in handoff.ready.values() for block in blocks],
+                since=handoff.began,
+                deadline=handoff.deadline,
+            )
+        for handoff, chunk, blocks in self._copying.values():
+            name = f"{handoff.peer}/{handoff.handoff_id}"
+            yield Owner(name, "chunk", f"chunk {chunk}", blocks, handoff.began, landing=True)
 
     # ---- peers -------------------------------------------------------------------------------------------------
 

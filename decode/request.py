@@ -15,7 +15,7 @@ from decode.states import State
 from engine.api import SamplingParams, Submit, Trace
 from engine.ledger import BlockLedger
 from engine.prefix import salted
-from engine.sequence import Phase, Sequence
+from engine.sequence import PHASES, Phase, Sequence
 
 
 @dataclass(slots=True)
@@ -49,7 +49,8 @@ class Request:
             trunk.fork(ledger, submit.prompt, choice_sampling(submit, choice), choice)
             for choice in range(submit.n)
         ]
-        trunk.phase = Phase.FINISHED
+        if trunk.phase is not Phase.FINISHED:  # it came ready; what was computed here has been detached
+            trunk.phase = PHASES.move(trunk.phase, Phase.FINISHED)
         trunk.drop_blocks(ledger)
         return self.choices
 

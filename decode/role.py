@@ -11,6 +11,7 @@ virtual time. It never waits, never reads a clock, and costs nothing for what is
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from decode.landing import LandingZone
 from decode.request import Request, open_request
@@ -34,7 +35,7 @@ from engine.scheduler import Limits, Scheduler
 from engine.sequence import Sequence
 from kvtransfer.messages import Hello, MoverReport
 from worker.messages import FromPeer, PeerLost, PeerUp, SessionLost, ToEngine
-from worker.role import Action
+from worker.role import Action, Owner
 
 
 class DecodeRole:
@@ -62,6 +63,7 @@ class DecodeRole:
             bytes, list[Request]
         ] = {}  # by the hash that they wait for; key present = owner at work
         self._max_waiting = max_waiting
+        self._planned_at = 0.0
         self._wire_dtype = hello.kv.wire_dtype
         self._sequences = 0  # of all requests: choices, or the trunks that they will fork from
         self.landing = LandingZone(
@@ -122,9 +124,23 @@ class DecodeRole:
     def kv_events(self, limit: int) -> KvEvents | None:
         return self.blocks.journal.take(limit)
 
+    def owners(self) -> Iterator[Owner]:
+        for request in self._requests.values():
+            blocks = [block for sequence in request.live for block in sequence.held]
+            name, state = request.submit.request_id, request.state.value
+            yield Owner(name, "request", state, blocks, request.submitted)
+        if self.scheduler.copied:
+            yield Owner("", "step", "forks", self.scheduler.copied, self._planned_at)
+        yield from self.landing.owners()
+
     def check(self) -> None:
         """The integrity check; raises LedgerError."""
         self.blocks.check(at_rest=self.at_rest)
+        owners = list(self.owners())
+        self.blocks.check_owners(
+            [owner.blocks for owner in owners if not owner.landing],
+            [owner.blocks for owner in owners if owner.landing],
+        )
         self.slots.check(at_rest=self.at_rest)
 
     # ---- events ------------------------------------------------------------------------------------------------
@@ -160,6 +176,7 @@ class DecodeRole:
             self.scheduler.reserved = self.landing.reserved_blocks
             plan = self.scheduler.schedule()
         if plan is not None:
+            self._planned_at = now
             for sequence in self.scheduler.admitted:
                 self._admitted(self._requests[sequence.request], now)
         return plan

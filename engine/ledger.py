@@ -11,10 +11,12 @@ free + leased + quarantined = total; no block in two states. Every call costs wh
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from enum import IntEnum
 
 from engine.api import LedgerCounts
 from engine.journal import CacheJournal
+from engine.lifecycle import Lifecycle
 
 
 class LedgerError(AssertionError):
@@ -26,6 +28,17 @@ class BlockState(IntEnum):
     CACHED = 1
     HELD = 2
     LANDING = 3
+
+
+BLOCKS = Lifecycle(
+    "block",
+    {
+        BlockState.FREE: {BlockState.HELD, BlockState.LANDING},
+        BlockState.HELD: {BlockState.FREE, BlockState.CACHED},
+        BlockState.CACHED: {BlockState.FREE, BlockState.HELD},
+        BlockState.LANDING: {BlockState.FREE, BlockState.HELD},
+    },
+)
 
 
 class BlockLedger:
@@ -89,11 +102,14 @@ class BlockLedger:
     def share(self, hashes: list[bytes]) -> list[int]:
         """Takes a hold on the blocks of `hashes`, all of which must match."""
         blocks = [self._by_hash[name] for name in hashes]
+        idle = 0
         for block in blocks:
             if self._holders[block] == 0:
                 del self._evictable[block]
                 self._state[block] = BlockState.HELD
+                idle += 1
             self._holders[block] += 1
+        BLOCKS.move(BlockState.CACHED, BlockState.HELD, idle)
         return blocks
 
     def hold(self, blocks: list[int]) -> None:
@@ -115,6 +131,7 @@ class BlockLedger:
 
     def clear_cache(self) -> None:
         """Forgets every cached block; held ones are freed, not cached, when they are released."""
+        BLOCKS.move(BlockState.CACHED, BlockState.FREE, len(self._evictable))
         while self._evictable:
             block, _ = self._evictable.popitem(last=False)
             self._state[block] = BlockState.FREE
@@ -154,6 +171,7 @@ class BlockLedger:
 
         The tail goes first, so that a prefix outlives what was built on it.
         """
+        freed = cached = 0
         for block in reversed(blocks):
             if self._state[block] is not BlockState.HELD or self._holders[block] < 1:
                 raise LedgerError(f"released block {block} is {self._state[block].name}")
@@ -162,9 +180,13 @@ class BlockLedger:
                 if self._hash[block] is None:
                     self._state[block] = BlockState.FREE
                     self._free.append(block)
+                    freed += 1
                 else:
                     self._state[block] = BlockState.CACHED
                     self._evictable[block] = None
+                    cached += 1
+        BLOCKS.move(BlockState.HELD, BlockState.FREE, freed)
+        BLOCKS.move(BlockState.HELD, BlockState.CACHED, cached)
 
     def _take(self, count: int, state: BlockState) -> list[int] | None:
         if count > self.available:
@@ -179,6 +201,7 @@ class BlockLedger:
                 raise LedgerError(f"block {block} was handed out while {self._state[block].name}")
             self._state[block] = state
             self._holders[block] = holders
+        BLOCKS.move(BlockState.FREE, state, count)
         return blocks
 
     def _evict(self) -> None:
@@ -190,6 +213,7 @@ class BlockLedger:
         self._hash[block] = None
         self._state[block] = BlockState.FREE
         self._free.append(block)
+        BLOCKS.move(BlockState.CACHED, BlockState.FREE)
         self.evictions += 1
 
     def _leave_landing(self, blocks: list[int], state: BlockState) -> None:
@@ -197,24 +221,15 @@ class BlockLedger:
             if self._state[block] is not BlockState.LANDING:
                 raise LedgerError(f"landing block {block} is {self._state[block].name}")
             self._state[block] = state
+        BLOCKS.move(BlockState.LANDING, state, len(blocks))
         self._landing -= len(blocks)
 
     # ---- checks ------------------------------------------------------------------------------------------------
 
     def check(self, *, at_rest: bool = False) -> None:
         """Raises LedgerError when the books do not add up; `at_rest`: also when anything is held or landing."""
-        tally = dict.fromkeys(BlockState, 0)
-        for block, state in enumerate(self._state):
-            tally[state] += 1
-            if (state is BlockState.HELD) != (self._holders[block] > 0):
-                raise LedgerError(f"block {block} is {state.name} with {self._holders[block]} holders")
-            if (state is BlockState.CACHED) != (block in self._evictable):
-                raise LedgerError(f"block {block} is {state.name}, evictable: {block in self._evictable}")
-            name = self._hash[block]
-            if name is not None and self._by_hash.get(name) != block:
-                raise LedgerError(f"block {block} carries a hash that names another block")
-            if name is not None and state in (BlockState.FREE, BlockState.LANDING):
-                raise LedgerError(f"block {block} is {state.name} and carries a hash")
+        tally = {state: self._state.count(state) for state in BlockState}
+        self._check_each()
         if len(set(self._free)) != len(self._free) or len(self._free) != tally[BlockState.FREE]:
             raise LedgerError(f"{len(self._free)} blocks on the free list, {tally[BlockState.FREE]} free")
         if self._landing != tally[BlockState.LANDING]:
@@ -224,11 +239,56 @@ class BlockLedger:
                 f"at rest, but {tally[BlockState.HELD]} held and {tally[BlockState.LANDING]} landing"
             )
 
+    def check_owners(self, held: Iterable[list[int]], landing: Iterable[list[int]]) -> None:
+        """Raises LedgerError unless those who say that they hold blocks, or copy into them, are all that the books
+        know of: so a block has two owners only where it is shared, and none is kept by nobody."""
+        holders = [0] * self.total
+        for blocks in held:
+            for block in blocks:
+                holders[block] += 1
+        if holders != self._holders:
+            block = next(b for b in range(self.total) if holders[b] != self._holders[b])
+            raise LedgerError(
+                f"block {block} has {holders[block]} owners, the books say {self._holders[block]}"
+            )
+        arriving = [block for blocks in landing for block in blocks]
+        if len(arriving) != self._landing or len(set(arriving)) != self._landing:
+            raise LedgerError(f"chunks land in blocks {sorted(arriving)}, the books say {self._landing}")
+        for block in arriving:
+            if self._state[block] is not BlockState.LANDING:
+                raise LedgerError(f"a chunk lands in block {block}, which is {self._state[block].name}")
+
+    def _check_each(self) -> None:
+        """What must hold of every single block. It scans them all, so what costs is outside the loop."""
+        held, cached, evictable, by_hash = BlockState.HELD, BlockState.CACHED, self._evictable, self._by_hash
+        for block, (state, holders, name) in enumerate(
+            zip(self._state, self._holders, self._hash, strict=True)
+        ):
+            if (state is held) != (holders > 0):
+                raise LedgerError(f"block {block} is {state.name} with {holders} holders")
+            if (state is cached) != (block in evictable):
+                raise LedgerError(f"block {block} is {state.name}, evictable: {block in evictable}")
+            if name is not None:
+                if by_hash.get(name) != block:
+                    raise LedgerError(f"block {block} carries a hash that names another block")
+                if state is not held and state is not cached:
+                    raise LedgerError(f"block {block} is {state.name} and carries a hash")
+
 
 class SlotState(IntEnum):
     FREE = 0
     LEASED = 1
     QUARANTINED = 2
+
+
+SLOTS = Lifecycle(
+    "slot",
+    {
+        SlotState.FREE: {SlotState.LEASED},
+        SlotState.LEASED: {SlotState.FREE, SlotState.QUARANTINED},
+        SlotState.QUARANTINED: {SlotState.FREE},
+    },
+)
 
 
 class SlotLedger:
@@ -279,7 +339,7 @@ class SlotLedger:
     def _move(self, slot: int, before: SlotState, after: SlotState) -> None:
         if self._state[slot] is not before:
             raise LedgerError(f"slot {slot} is {self._state[slot].name}, not {before.name}")
-        self._state[slot] = after
+        self._state[slot] = SLOTS.move(before, after)
 
     def check(self, *, at_rest: bool = False) -> None:
         """Raises LedgerError when the books do not add up; `at_rest`: also when a slot is leased."""

@@ -25,9 +25,9 @@ class Lifecycle(Generic[State]):
         self.moves = {state: frozenset(after) for state, after in moves.items()}
         self.taken: Counter[tuple[State, State]] = Counter()
 
-    def move(self, before: State, after: State) -> State:
-        """Checks and counts the move, and returns `after`."""
+    def move(self, before: State, after: State, times: int = 1) -> State:
+        """Checks and counts the move of `times` things at once, and returns `after`."""
         if after not in self.moves[before]:
             raise IllegalTransition(f"{self.name}: {before.name} -> {after.name}")
-        self.taken[before, after] += 1
+        self.taken[before, after] += times
         return after

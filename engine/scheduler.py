@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from engine.api import EndReason, Logprobs, Queue
 from engine.ledger import BlockLedger
 from engine.plan import Row, StepPlan, StepResult
-from engine.sequence import Phase, Sequence
+from engine.sequence import PHASES, Phase, Sequence
 from engine.waiting import WaitingQueue
 
 
@@ -131,6 +131,11 @@ class Scheduler:
         """The sequences of the plan that is not committed yet, in the order of its rows."""
         return self._planned
 
+    @property
+    def copied(self) -> list[int]:
+        """Blocks that the plan which is not committed yet copies forks from, held until then."""
+        return self._copied
+
     def youngest(self) -> Sequence | None:
         """The running sequence that gives way first: the least urgent, among equals the last to arrive."""
         return self._running[-1] if self._running else None
@@ -157,13 +162,13 @@ class Scheduler:
             self._waiting_tokens -= sequence.remaining
         elif self._waiting.discard(sequence):
             self._waiting_tokens -= sequence.remaining
-        sequence.phase = Phase.FINISHED
+        sequence.phase = PHASES.move(sequence.phase, Phase.FINISHED)
         sequence.drop_blocks(self.ledger)
 
     def detach(self, sequence: Sequence) -> None:
         """Takes a running sequence out but leaves it its blocks; whoever detached it releases them."""
         self._leave_running(sequence)
-        sequence.phase = Phase.FINISHED
+        sequence.phase = PHASES.move(sequence.phase, Phase.FINISHED)
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -282,7 +287,7 @@ class Scheduler:
         self._waiting_tokens -= sequence.remaining
         if cached:
             sequence.take_prefix(self.ledger, cached)
-        sequence.phase = Phase.RUNNING
+        sequence.phase = PHASES.move(sequence.phase, Phase.RUNNING)
         bisect.insort(self._running, sequence, key=_order)
         self.admitted.append(sequence)
         if sequence.fork_block is not None:
@@ -351,7 +356,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave_running(sequence)
-        sequence.phase = Phase.WAITING
+        sequence.phase = PHASES.move(sequence.phase, Phase.WAITING)
         self._send_back(sequence)
 
     def _send_back(self, sequence: Sequence) -> None:

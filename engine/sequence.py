@@ -10,15 +10,26 @@ from enum import IntEnum
 from engine import prefix
 from engine.api import EndReason, RequestKey, SamplingParams
 from engine.ledger import BlockLedger
+from engine.lifecycle import Lifecycle
 from engine.plan import BlockTable
 
 
 class Phase(IntEnum):
-    """WAITING -> RUNNING -> (preempted: WAITING again) -> FINISHED."""
+    """Where the scheduler has it. RUNNING -> WAITING: preempted. FINISHED also when it was given up."""
 
     WAITING = 0
     RUNNING = 1
     FINISHED = 2
+
+
+PHASES = Lifecycle(
+    "sequence",
+    {
+        Phase.WAITING: {Phase.RUNNING, Phase.FINISHED},
+        Phase.RUNNING: {Phase.WAITING, Phase.FINISHED},
+        Phase.FINISHED: set(),
+    },
+)
 
 
 class Sequence:
@@ -81,6 +92,12 @@ class Sequence:
     @property
     def has_blocks(self) -> bool:
         return bool(len(self.block_table)) or self.fork_block is not None
+
+    @property
+    def held(self) -> list[int]:
+        """Every block on which it has a hold."""
+        blocks: list[int] = self.block_table.ids.tolist()
+        return blocks if self.fork_block is None else [*blocks, self.fork_block]
 
     @property
     def wanted(self) -> int:

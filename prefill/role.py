@@ -10,7 +10,9 @@ Source blocks stay pinned until every write from them has settled. It never samp
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from engine.api import KvEvents, Load, RequestKey
@@ -42,7 +44,7 @@ from kvtransfer.messages import (
 from kvtransfer.plan import Plan
 from prefill.states import HANDOFFS, State
 from worker.messages import FromPeer, PeerLost, PeerRefused, PeerUp, ToEngine, ToPeer
-from worker.role import Action
+from worker.role import Action, Owner
 
 REMEMBERED_ABORTS = 4096
 STARVED_S = 1.0  # no step and no write has ended for so long, although prompts wait
@@ -143,8 +145,21 @@ class PrefillRole:
     def kv_events(self, limit: int) -> KvEvents | None:
         return self.blocks.journal.take(limit)
 
+    def owners(self) -> Iterator[Owner]:
+        for handoff in self._handoffs.values():
+            yield Owner(
+                name=f"{handoff.key[0]}/{handoff.key[1]}",
+                kind="hand-off",
+                state=handoff.state.value,
+                blocks=handoff.sequence.held,
+                since=handoff.began,
+                # Writes in flight settle within the transport's own time.
+                deadline=math.inf if handoff.state is State.ENDING else handoff.deadline,
+            )
+
     def check(self) -> None:
         self.blocks.check(at_rest=self.at_rest)
+        self.blocks.check_owners([owner.blocks for owner in self.owners()], [])
 
     # ---- events ------------------------------------------------------------------------------------------------
 

@@ -2,5 +2,5 @@
 
 `world` has the clock and the event heap, `node` runs one role as a worker does, `mover` and `network` stand in for the
 transport and the control streams, `model` for the model, `client` for a router, `faults` breaks things, `invariants`
-watches, `run` puts it together. `python -m simulation --seeds 100` runs it.
+watches, `run` puts it together. `soak` runs it on and on (`scripts/soak`).
 """

@@ -44,6 +44,7 @@ class Client:
         self.settings = settings
         self.unsent = settings.requests
         self.answers: dict[tuple[str, RequestKey], Answer] = {}
+        self._awaited: list[Answer] = []  # some of these may be over
         self._prompts: list[list[int]] = [[]]
         self._session_of: dict[int, int] = {}  # slot -> current session number
         self._next_session = 1
@@ -52,7 +53,9 @@ class Client:
 
     @property
     def done(self) -> bool:
-        return not self.unsent and all(answer.over for answer in self.answers.values())
+        while self._awaited and self._awaited[-1].over:
+            self._awaited.pop()
+        return not self.unsent and not self._awaited
 
     def open_requests(self) -> list[str]:
         return [answer.submit.request_id for answer in self.answers.values() if not answer.over]
@@ -85,6 +88,8 @@ class Client:
         )
         answer = self.answers[node.incarnation, submit.request] = Answer(submit, node)
         answer.tokens = [[] for _ in range(submit.n)]
+        self._awaited.append(answer)
+        world.facts["requests"] += 1
         world.facts["forked"] += submit.n > 1
         world.after(world.between(*DELAY_S), lambda: node.receive(submit), node)
         if world.chance(self.settings.cancels):

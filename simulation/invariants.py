@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from decode.role import DecodeRole
 from engine.ledger import LedgerError
 from kvtransfer.messages import Credit, Lease
+from prefill.states import State
 from simulation.node import Node
 from simulation.world import World
 from worker.messages import ToPeer
@@ -24,6 +27,17 @@ class Invariants:
             node.role.check()
         except LedgerError as error:
             self.world.violate(f"{node.incarnation}: {error}")
+
+    def ticked(self, node: Node) -> None:
+        """Whatever waits for another process does so until a deadline, and no longer."""
+        for owner in node.role.owners():
+            if owner.kind != "hand-off":
+                continue
+            if owner.deadline <= self.world.now:
+                late_s = self.world.now - owner.deadline
+                self.world.violate(f"{node.incarnation}: {owner.name} waits {late_s:g} s past its deadline")
+            elif owner.deadline == math.inf and owner.state != State.ENDING.value:
+                self.world.violate(f"{node.incarnation}: {owner.name} waits without a deadline")
 
     def said(self, node: Node, message: ToPeer) -> None:
         if isinstance(message.message, Credit):

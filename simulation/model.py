@@ -20,6 +20,7 @@ from engine.sequence import Sequence
 VOCABULARY = 40
 KV_BYTES = 8  # one int64 for each token and head: one layer, k and v of one float32 each
 UNWRITTEN = -1
+_REMEMBERED = 256
 _MASK = (1 << 62) - 1
 
 Kv = npt.NDArray[np.int64]
@@ -68,12 +69,32 @@ def of_heads(kv: Kv, heads: range) -> Kv:
     return kv[:, None] ^ (np.arange(heads.start, heads.stop, dtype=np.int64) * 0x1F3D5B79A8C6E5)
 
 
+class _Known:
+    """The KV of sequences that run, so that each token is hashed once and not in every step."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[Sequence, list[int]]] = {}  # by id of the sequence, which is kept alive
+
+    def kv(self, sequence: Sequence, end: int) -> Kv:
+        """Of its first `end` tokens."""
+        found = self._of.get(id(sequence))
+        if found is None:
+            if len(self._of) >= _REMEMBERED:
+                self._of.clear()
+            found = self._of[id(sequence)] = sequence, []
+        known = found[1]
+        if len(known) < end:
+            kv_of(sequence.tokens[:end], sequence.salt, known)
+        return np.array(known[:end], dtype=np.int64)
+
+
 class Model:
     """The KV pools of one worker's ranks, [blocks, block_size, the rank's kv heads], and the runner over them."""
 
     def __init__(self, blocks: int, block_size: int, heads: Many[range] = ONE_HEAD) -> None:
         self.block_size = block_size
         self.heads = heads
+        self._known = _Known()
         self.pools: list[Kv] = [
             np.full((blocks, block_size, len(mine)), UNWRITTEN, dtype=np.int64) for mine in heads
         ]
@@ -88,7 +109,7 @@ class Model:
             end = row.start + len(row.tokens)
             if row.tokens != sequence.tokens[row.start : end]:
                 raise WrongKv(f"{sequence.request}: the row has other tokens than its sequence")
-            kv = np.array(kv_of(sequence.tokens[:end], sequence.salt, []), dtype=np.int64)
+            kv = self._known.kv(sequence, end)
             ids = row.block_table.ids
             if len(ids) * self.block_size < end:
                 raise WrongKv(f"{sequence.request}: {len(ids)} blocks for {end} tokens")

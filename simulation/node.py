@@ -70,6 +70,9 @@ class Watch(Protocol):
     def turned(self, node: Node) -> None:
         """A turn of the node has ended."""
 
+    def ticked(self, node: Node) -> None:
+        """The node's role has just looked at its deadlines."""
+
     def said(self, node: Node, message: ToPeer) -> None:
         """The node's role said something to a peer."""
 
@@ -207,6 +210,7 @@ class Node:
         for report in reports:
             role.report(report, now)
         role.tick(now)
+        self.watch.ticked(self)
         plan = role.schedule(now)
         self._carry_out(role.drain())
         if plan is None:

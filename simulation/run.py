@@ -13,6 +13,7 @@ from simulation.faults import Faults
 from simulation.mover import SimulatedMover
 from simulation.node import MakeRole, make_role
 from simulation.settings import Settings, draw_settings
+from simulation.transitions import Transition, taken
 from simulation.world import World
 
 ANSWERED_BY_S = 180.0  # virtual seconds; far more than any deadline adds up to
@@ -26,6 +27,7 @@ class Report:
     seed: int
     violations: list[str]
     facts: Counter[str] = field(default_factory=Counter)
+    transitions: Counter[Transition] = field(default_factory=Counter)
     events: int = 0
     seconds: float = 0.0
 
@@ -34,13 +36,18 @@ def run_seed(
     seed: int,
     settings: Settings | None = None,
     *,
+    soak: bool = False,
     make: MakeRole = make_role,
     mover: type[SimulatedMover] = SimulatedMover,
     join: type[Join] = Join,
 ) -> Report:
-    """Everything, chance included, follows from the arguments: the same seed gives the same run."""
+    """Everything, chance included, follows from the arguments: the same seed gives the same run.
+
+    `soak`: the larger clusters of `simulation.soak`.
+    """
     world = World(seed)
-    settings = settings or draw_settings(world.random)
+    before = taken()
+    settings = settings or draw_settings(world.random, soak=soak)
     try:
         deployment = Deployment(world, settings.nodes, make, mover, join)
         client = deployment.router = Client(world, deployment, settings)
@@ -48,7 +55,7 @@ def run_seed(
         _run(world, deployment, client, settings)
     except Exception:
         world.violate(traceback.format_exc())
-    return Report(seed, world.violations, world.facts, world.events, world.now)
+    return Report(seed, world.violations, world.facts, taken() - before, world.events, world.now)
 
 
 def _run(world: World, deployment: Deployment, client: Client, settings: Settings) -> None:

@@ -35,23 +35,31 @@ class Settings:
 LONG_S = 1000.0
 # Query and kv heads: one rank's worth, kv heads that several ranks store, some that do not divide evenly.
 HEADS = ((1, 1), (4, 4), (4, 2), (6, 3), (4, 1))
+SOAK_FAULTS = 3
 FAULTS = ("kill", "break", "part", "freeze", "session")
 
 
-def draw_settings(random: Random) -> Settings:
-    """Anything from a calm, roomy cluster to a cramped one in a storm."""
+def draw_settings(random: Random, *, soak: bool = False) -> Settings:
+    """Anything from a calm, roomy cluster to a cramped one in a storm.
+
+    `soak`: at least two workers of each role, 50 requests and 3 faults.
+    """
     heads = random.choice(HEADS)
     ranks = {role: random.choice((1, 1, 2, 3, 4)) for role in ("decode", "prefill")}
     # With the longest, nothing but a real event may be what goes on: a wait that only its deadline ends is found.
     timeout_s = random.choice((0.1, 0.5, 2.0, LONG_S, LONG_S))
     cramped = random.random() < 0.5
+    sizes = (2, 2, 3) if soak else (1, 2, 2, 3)
     nodes = [
         _node(random, name, heads, min(ranks[name.partition("-")[0]], heads[0]), timeout_s, cramped)
-        for name in [f"decode-{i}" for i in range(random.choice((1, 2, 2, 3)))]
-        + [f"prefill-{i}" for i in range(random.choice((1, 2, 2, 3)))]
+        for name in [f"decode-{i}" for i in range(random.choice(sizes))]
+        + [f"prefill-{i}" for i in range(random.choice(sizes))]
     ]
-    settings = Settings(nodes, requests=random.choice((5, 20, 40)), load_s=random.choice((0.05, 0.5, 2.0)))
-    settings.begin_s = random.choice((0.0, 0.15, 0.15))  # usually when the nodes know each other
+    requests = random.choice((50, 60, 80) if soak else (5, 20, 40))
+    load_s = random.choice((0.05, 0.5, 2.0, 4.0) if soak else (0.05, 0.5, 2.0))
+    settings = Settings(nodes, requests=requests, load_s=load_s)
+    # Usually when the nodes know each other.
+    settings.begin_s = random.choice((0.0, 0.2, 0.2, 0.2) if soak else (0.0, 0.15, 0.15))
     settings.prompt_tokens = random.choice((20, 60, 120))
     settings.answer_tokens = random.choice((1, 8, 40))
     settings.salts = random.choice((1, 1, 2))
@@ -60,8 +68,10 @@ def draw_settings(random: Random) -> Settings:
     settings.cancels = random.choice((0.0, 0.1, 0.5))
     settings.sessions = random.choice((1, 3))
     settings.forks = random.choice((0.0, 0.2, 0.7))
-    if random.random() < 0.8:
+    if soak or random.random() < 0.8:
         settings.faults = {kind: random.choice((0, 0, 1, 3)) for kind in FAULTS}
+        while soak and sum(settings.faults.values()) < SOAK_FAULTS:
+            settings.faults[random.choice(FAULTS)] += 1
         settings.fault_s = settings.begin_s + random.choice((0.3, 2.0))
         settings.weather = Weather(*(random.choice((0.0, 0.0, 0.05, 0.3)) for _ in range(3)))
         if timeout_s < LONG_S:  # a lost announcement may be noticed by nothing else

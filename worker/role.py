@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from engine.api import KvEvents, Load, RequestEnd, StepOutput
@@ -14,6 +17,22 @@ from worker.messages import PeerRefused, ToEngine, ToPeer
 Said = StepOutput | RequestEnd | ToPeer | PeerRefused
 Job = Connect | Disconnect | SendChunk | CopyOut | Probe
 Action = Said | Job
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who holds KV blocks of a worker, or waits in it: a request, a hand-off, a chunk that is being copied in.
+
+    `since` and `deadline` are on the clock of the step loop; infinite: what it waits for has a limit of its own.
+    """
+
+    name: str  # the request's id, or the peer and the hand-off's id
+    kind: str  # "request", "hand-off", "chunk" or "step"
+    state: str
+    blocks: list[int]
+    since: float
+    deadline: float = math.inf
+    landing: bool = False  # the blocks are being filled; nobody may read them
 
 
 class Role(Protocol):
@@ -57,5 +76,8 @@ class Role(Protocol):
     def kv_events(self, limit: int) -> KvEvents | None:
         """The next batch of at most `limit` changes of the prefix cache; None when there is none."""
 
+    def owners(self) -> Iterator[Owner]:
+        """All who hold blocks or wait for a peer, in no order; costs what they hold."""
+
     def check(self) -> None:
-        """Raises LedgerError when the books do not add up."""
+        """Raises LedgerError when the books do not add up, or are not those of the `owners`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,8 @@ from worker.spec import WorkerSpec
 
 log = logging.getLogger("baton.rank")
 
-ROUNDS = 4  # of all sizes, as far as the time goes; the first of each size only warms up
+ROUNDS = 3  # of all sizes, as far as the time goes
+WARM_UP = 2  # steps that do not count
 CONTEXT = 512  # tokens of KV before a synthetic decode, at most
 SEQUENCES = 64  # in a synthetic step, at most
 
@@ -108,37 +109,38 @@ def calibrate(
 
     No step is begun that, by what is known so far, would end after the limit.
     """
-    begun, counted, slowest = clock(), 0, 0.0
-    for number in range(ROUNDS):
-        for plan in _plans(blocks, limits):
-            at = clock()
-            if at - begun + slowest > limit_s:
-                return counted
-            runner.run(plan)
-            seconds = clock() - at
+    begun, done, slowest = clock(), 0, 0.0
+    plans = _plans(blocks, limits)
+    for plan in plans[:1] * WARM_UP + plans * ROUNDS:
+        at = clock()
+        if at - begun + slowest > limit_s:
+            break
+        runner.run(plan)
+        seconds = clock() - at
+        done += 1
+        if done > WARM_UP:
             slowest = max(slowest, seconds)
-            if number:
-                model.observe(plan, seconds)
-                counted += 1
-    return counted
+            model.observe(plan, seconds)
+    return max(0, done - WARM_UP)
 
 
-def _plans(blocks: BlockLedger, limits: Limits) -> Iterator[StepPlan]:
-    """Steps of a few sizes that fit into the memory and the limits."""
+def _plans(blocks: BlockLedger, limits: Limits) -> list[StepPlan]:
+    """Steps of a few sizes that fit into the memory and the limits, small ones first: where the time is short, some of
+    each kind come."""
     size, total = blocks.block_size, blocks.total
     longest = min(limits.max_batch_tokens, total * size)
     most = min(SEQUENCES, limits.max_running, limits.max_batch_tokens, max(1, total // 2))
+    found = []
     for sequences in sorted({1, max(1, most // 4), most}):
         room = (total - sequences) * size
-        for context in sorted({size, min(CONTEXT, room)}):
-            if size <= context <= room:
-                yield _decodes(size, sequences, context)
+        contexts = sorted({size, min(CONTEXT, room)})
+        found += [_decodes(size, sequences, context) for context in contexts if size <= context <= room]
     for tokens in sorted({longest // 16, longest // 4, longest}):
         for start in sorted({0, min(CONTEXT, total * size - tokens) // size * size}):
             if tokens > 1:
-                yield StepPlan(
-                    0, [Row(start, [0] * tokens, _table(range(-(-(start + tokens) // size))), None)]
-                )
+                table = _table(range(-(-(start + tokens) // size)))
+                found.append(StepPlan(0, [Row(start, [0] * tokens, table, None)]))
+    return sorted(found, key=lambda plan: plan.token_count)
 
 
 def _decodes(size: int, sequences: int, context: int) -> StepPlan:

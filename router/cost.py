@@ -16,7 +16,7 @@ from router.view import View
 HYSTERESIS = 0.002  # in scores: nearer than that, local or remote stays what it was last
 MATTERS = 0.01  # difference in expected misses that is a reason by itself
 TURN = 4  # the decode worker turns a decision only where the uncached length is off by such a factor
-_STEPS = np.array([float(TURN), TURN**2, TURN**3])
+_STEPS = (TURN, TURN**2, TURN**3)
 
 
 def cost(ask: Ask, view: View, now: float) -> Decision:
@@ -111,10 +111,14 @@ def _turning_point(ask: Ask, view: View, at: int, score: float, remote: bool) ->
     prompt = ask.prompt_tokens
     believed = prompt - (int(ask.decode_cached[at]) if ask.decode_cached.size else 0)
     believed = min(max(1, believed), prompt)
-    lengths = believed / _STEPS if remote else np.minimum(believed * _STEPS, prompt)
-    here_is_better = local_scores(ask, view, at, lengths) <= score
-    if remote:  # lengths fall: the longest at which it is better here
-        return int(lengths[int(np.argmax(here_is_better))]) if here_is_better.any() else 0
-    if here_is_better.all():
-        return prompt + 1
-    return max(believed + 1, int(lengths[int(np.argmin(here_is_better))]))
+    if remote:
+        lengths = [believed / step for step in _STEPS]  # falling: the longest at which it is better here
+        for length, here in zip(lengths, local_scores(ask, view, at, lengths), strict=True):
+            if here <= score:
+                return int(length)
+        return 0
+    lengths = [min(believed * step, prompt) for step in _STEPS]
+    for length, here in zip(lengths, local_scores(ask, view, at, lengths), strict=True):
+        if here > score:
+            return max(believed + 1, int(length))
+    return prompt + 1

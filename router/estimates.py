@@ -11,7 +11,10 @@ each request, and by `router.explain` over recorded views.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +26,9 @@ REST_TOKENS = (
     64  # that a running answer is guessed to have yet to draw, when a place or memory must become free
 )
 COST_WEIGHT = 0.05  # of a price as large as the target for the first token, in missed SLOs
-_WEIGHTS: Floats = np.array([0.7, 0.25, 0.05])  # of the p50, p90 and p99 of a gap
+_SHARES = (0.7, 0.25, 0.05)  # of the p50, p90 and p99 of a gap
+_WEIGHTS: Floats = np.array(_SHARES)
+_NO_ARRAYS: tuple[Any, ...] = (None, None, None)
 # The same for one target, by how many of the three quantiles of a gap keep it.
 _OWN: Floats = np.array([1.0, 0.3, 0.05, 0.0])
 _EDGES: Floats = np.array(TARGET_BINS)
@@ -80,16 +85,38 @@ def estimate(ask: Ask, view: View) -> tuple[Local, Remote | None]:
     return local, _remote(ask, view, at, prefill, to, tail_s, size_bytes, step_harm)
 
 
-def local_scores(ask: Ask, view: View, at: int, uncached: Floats) -> Floats:
-    """What prefilling at one decode worker (its place in the pool) would be worth, were `uncached` tokens missing."""
-    pool = view.decode
-    one = pool_of((), pool.usable[at : at + 1], pool.below[at : at + 1], pool.numbers[:, at : at + 1])
-    return _local(ask, view, one, np.array([at]), uncached)[0].score
+def local_scores(ask: Ask, view: View, at: int, lengths: Sequence[float]) -> list[float]:
+    """What prefilling at one decode worker (its place in the pool) would be worth, were so many tokens missing.
+
+    The same as `_local` for a single worker, in plain numbers: arrays of one element cost three times as much.
+    """
+    pool, prompt = view.decode, float(ask.prompt_tokens)
+    one: Any = Pool((), *_NO_ARRAYS, *pool.numbers[:, at].tolist())
+    below = pool.below[at].tolist()
+    step_s = one.step_s + one.kv_token_s * prompt
+    missing = max(0.0, one.queue_tokens + (prompt - one.available_tokens)) / one.capacity_tokens
+    wait_s = one.begun_s + REST_TOKENS * (one.crowd + missing) * step_s + one.queue_s
+    own = float(_OWN[bisect_left(view.step_spread, ask.itl_s / step_s)])
+    pressure = min(step_s / ask.itl_s, MAX_PRICE / (1 + MAX_PRICE))
+    others = one.others + pressure / (1 - pressure)
+    scale = COST_WEIGHT / ask.ttft_s
+    scores, times = [], []
+    for uncached in lengths:
+        chunk = min(one.step_room, uncached)
+        spike_s = step_s + chunk * (one.token_s + one.attention_s * (prompt - 0.5 * chunk))
+        harm = own
+        for weight, ratio in zip(_SHARES, view.step_spread, strict=True):
+            harm += weight * below[bisect_left(TARGET_BINS, ratio * spike_s)]
+        compute_s = uncached * (one.token_s + one.attention_s * (prompt - 0.5 * uncached))
+        ttft_s = wait_s + compute_s + math.ceil((one.queue_tokens + uncached) / one.step_room) * step_s
+        times.append(ttft_s)
+        scores.append(harm + scale * (ttft_s + others * compute_s))
+    late = _missed(np.array(times), ask.ttft_s, view.local_spread).tolist()
+    return [score + missed for score, missed in zip(scores, late, strict=True)]
 
 
 def _local(ask: Ask, view: View, decode: Pool, at: Ints, uncached: Floats) -> tuple[Local, Floats, Floats]:
-    """Beside the estimates: the seconds of a step with this request in it, and whom those harm. `uncached` is of each
-    worker; with one worker it may have any length."""
+    """Beside the estimates: the seconds of a step with this request in it, and whom those harm."""
     prompt = float(ask.prompt_tokens)
     # Of a step that has this request in it too, so soon as it decodes.
     step_s = decode.step_s + decode.kv_token_s * prompt
@@ -163,11 +190,9 @@ def _cached(cached: Ints, at: Ints) -> Floats | float:
 
 
 def _late(decode: Pool, gaps_s: Floats, view: View) -> Floats:
-    """How many running requests should miss their ITL target when such a gap comes, [decode]; of one worker, any
-    number of gaps."""
-    reached = _EDGES.searchsorted(np.multiply.outer(view.step_spread, gaps_s))  # [3, gaps]
-    workers = len(decode.below)
-    found: Floats = _WEIGHTS @ decode.below[np.arange(workers) if workers > 1 else 0, reached]
+    """How many running requests should miss their ITL target when such a gap comes, [decode]."""
+    reached = _EDGES.searchsorted(np.multiply.outer(view.step_spread, gaps_s))  # [3, decode]
+    found: Floats = _WEIGHTS @ decode.below[np.arange(len(gaps_s)), reached]
     return found
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.api import HandoffCost, StepCosts
 from engine.costs import prompt_attention
 from router.cost import cost
-from router.estimates import SHORTLIST, estimate
+from router.estimates import SHORTLIST, estimate, local_scores
 from router.policy import Ask, Decision
 from router.view import TARGET_BINS, ClusterView
 
@@ -322,6 +322,20 @@ def test_a_decision_is_whole_and_the_same_each_time(make: Callable[[], ClusterVi
     assert decision.kind == decision.reason.partition(":")[0]
     if decision.kind == "remote":
         assert decision.local_below_tokens <= max(1, ask.prompt_tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(clusters(), asks)
+def test_one_worker_in_plain_numbers_is_worth_what_it_is_in_arrays(
+    make: Callable[[], ClusterView], ask: Ask
+) -> None:
+    view = make().view
+    rng = np.random.default_rng(ask.prompt_tokens)
+    cached = rng.integers(0, ask.prompt_tokens, len(view.decode.ids))
+    local, _ = estimate(replace(ask, decode_cached=cached), view)
+    for at in range(len(view.decode.ids)):
+        (score,) = local_scores(ask, view, at, [float(ask.prompt_tokens - cached[at])])
+        assert score == pytest.approx(local.score[at], rel=1e-9)
 
 
 @given(st.lists(st.floats(1e-4, 10.0), max_size=30), st.data())

@@ -82,6 +82,11 @@ def test_a_flat_row_and_a_peaked_one(device: torch.device) -> None:
     assert drawn[0] < 3000 and drawn[1] == 0 and drawn[2] < 1500 and drawn[3] == 77
 
 
+def test_top_p_reached_exactly_takes_no_more(device: torch.device) -> None:
+    params = [SamplingParams(top_p=0.5, seed=seed) for seed in range(12)]
+    assert assert_all_agree(torch.zeros(12, 2, device=device), params) == [0] * 12
+
+
 def test_extremes(device: torch.device) -> None:
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(5)) * 100
     logits[4] = -torch.inf

@@ -119,19 +119,25 @@ def generate(
 def status(
     grpc_address: GrpcOption = GRPC,
     as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
-    ledger: Annotated[bool, typer.Option("--ledger", help="Where every block and landing slot is.")] = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Where every block and landing slot is, and who holds it.")
+    ] = False,
+    oldest: Annotated[
+        int, typer.Option(min=1, help="With --ledger: so many owners and leases of each worker.")
+    ] = 16,
 ) -> None:
     """Shows the router and its workers. Exits with 1 when nothing answers."""
     from cluster import client, status_view
 
     try:
         answer = client.status(grpc_address)
+        held = client.ledgers(grpc_address, oldest) if ledger else None
     except client.ClientError as error:
         _fail(str(error), 1)
     if as_json:
-        print(status_view.as_json(answer))
+        print(status_view.as_json(held or answer))
     else:
-        status_view.show(answer, ledger=ledger)
+        status_view.show(answer, held)
 
 
 @app.command()

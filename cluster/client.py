@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,25 +144,42 @@ def status(address: str) -> inference_pb2.StatusResponse:
         raise ClientError(_refusal(error, address)) from None
 
 
-def explain(address: str, request_id: str) -> inference_pb2.Explanation:
-    """What the router remembers of a decision; raises ClientError."""
-    import grpc
-
+def ledgers(address: str, oldest: int = 0) -> inference_pb2.LedgerResponse:
+    """Who holds the blocks and slots of each worker; raises ClientError."""
     from baton.v1 import inference_pb2_grpc
 
+    with _door(address) as channel:
+        found: inference_pb2.LedgerResponse = inference_pb2_grpc.LedgersStub(channel).Read(
+            inference_pb2.LedgerRequest(oldest=oldest), timeout=4 * _CONNECT_S
+        )
+    return found
+
+
+def explain(address: str, request_id: str) -> inference_pb2.Explanation:
+    """What the router remembers of a decision; raises ClientError."""
+    from baton.v1 import inference_pb2_grpc
+
+    with _door(address) as channel:
+        found: inference_pb2.Explanation = inference_pb2_grpc.DecisionsStub(channel).Explain(
+            inference_pb2.ExplainRequest(request_id=request_id), timeout=2 * _CONNECT_S
+        )
+    return found
+
+
+@contextmanager
+def _door(address: str) -> Iterator[Any]:
+    """A channel for one call; what goes wrong with it is a ClientError."""
+    import grpc
+
     with grpc.insecure_channel(address) as channel:
-        stub = inference_pb2_grpc.DecisionsStub(channel)
         try:
-            found: inference_pb2.Explanation = stub.Explain(
-                inference_pb2.ExplainRequest(request_id=request_id), timeout=2 * _CONNECT_S
-            )
+            yield channel
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 raise ClientError(
                     f"nothing listens on {address}; start `baton serve`, or give its address with --grpc HOST:PORT"
                 ) from None
             raise ClientError(str(error.details())) from None
-    return found
 
 
 def _where(trace: inference_pb2.Trace) -> str:

@@ -478,7 +478,7 @@ class LandingZone:
                     break
                 remaining_s = max(0.0, handoff.deadline - now)
                 lease = self.leases.grant(
-                    handoff.handoff_id, handoff.peer, handoff.epoch, handoff.credited, remaining_s
+                    handoff.handoff_id, handoff.peer, handoff.epoch, handoff.credited, remaining_s, now
                 )
                 assert lease is not None
                 handoff.credited += 1

@@ -35,7 +35,7 @@ from engine.scheduler import Limits, Scheduler
 from engine.sequence import Sequence
 from kvtransfer.messages import Hello, MoverReport
 from worker.messages import FromPeer, PeerLost, PeerUp, SessionLost, ToEngine
-from worker.role import Action, Owner
+from worker.role import Action, HeldLease, Owner
 
 
 class DecodeRole:
@@ -132,6 +132,12 @@ class DecodeRole:
         if self.scheduler.copied:
             yield Owner("", "step", "forks", self.scheduler.copied, self._planned_at)
         yield from self.landing.owners()
+
+    def leases(self) -> Iterator[HeldLease]:
+        for record, quarantined in self.landing.leases.records():
+            lease = record.lease
+            state = "quarantined" if quarantined else record.state.value
+            yield HeldLease(record.peer, record.handoff_id, lease.chunk, lease.slot, state, record.since)
 
     def check(self) -> None:
         """The integrity check; raises LedgerError."""

@@ -9,6 +9,7 @@ Each lease has exactly one outcome. Messages for a closed lease are late: counte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -45,6 +46,7 @@ class LeaseRecord:
     handoff_id: int
     peer: str
     state: LeaseState = LeaseState.GRANTED
+    since: float = 0.0  # when it was granted
 
 
 class LeaseBook:
@@ -62,18 +64,28 @@ class LeaseBook:
     def open_count(self) -> int:
         return len(self._open)
 
+    def records(self) -> Iterator[tuple[LeaseRecord, bool]]:
+        """Every lease whose slot is not free, and whether it is quarantined."""
+        for record in self._open.values():
+            yield record, False
+        for records in self._quarantine.values():
+            for record in records.values():
+                yield record, True
+
     def quarantined_peers(self) -> list[str]:
         """Incarnations that some quarantined slot waits for."""
         return list(self._quarantine)
 
-    def grant(self, handoff_id: int, peer: str, epoch: int, chunk: int, deadline_s: float) -> Lease | None:
+    def grant(
+        self, handoff_id: int, peer: str, epoch: int, chunk: int, deadline_s: float, now: float = 0.0
+    ) -> Lease | None:
         """A lease on a free slot, or None when there is none."""
         slot = self.slots.lease()
         if slot is None:
             return None
         lease = Lease(self._next_id, epoch, chunk, slot, deadline_s)
         self._next_id += 1
-        self._open[lease.lease_id] = LeaseRecord(lease, handoff_id, peer)
+        self._open[lease.lease_id] = LeaseRecord(lease, handoff_id, peer, since=now)
         self._of_handoff.setdefault(handoff_id, set()).add(lease.lease_id)
         return lease
 

@@ -44,7 +44,7 @@ from kvtransfer.messages import (
 from kvtransfer.plan import Plan
 from prefill.states import HANDOFFS, State
 from worker.messages import FromPeer, PeerLost, PeerRefused, PeerUp, ToEngine, ToPeer
-from worker.role import Action, Owner
+from worker.role import Action, HeldLease, Owner
 
 REMEMBERED_ABORTS = 4096
 STARVED_S = 1.0  # no step and no write has ended for so long, although prompts wait
@@ -156,6 +156,9 @@ class PrefillRole:
                 # Writes in flight settle within the transport's own time.
                 deadline=math.inf if handoff.state is State.ENDING else handoff.deadline,
             )
+
+    def leases(self) -> Iterator[HeldLease]:
+        return iter(())  # nobody writes into a prefill worker
 
     def check(self) -> None:
         self.blocks.check(at_rest=self.at_rest)

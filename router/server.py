@@ -39,6 +39,7 @@ from router.generation import Generation
 from router.grpc_door import add_public_services
 from router.http_answers import error_body
 from router.http_door import create_app
+from router.ledgers import LEDGERS_SERVICE, Ledgers
 from router.metrics import Collector
 from router.request_log import log_request, set_up_logging
 from router.spec import RouterSpec, RouterStarted
@@ -81,9 +82,14 @@ class Router:
         grpc_host, grpc_port = _split(self.spec.grpc, "router.grpc")
         self._grpc = rpc.server(self.spec.token)
         add_public_services(
-            self._grpc, self.generation, self.dispatcher.status, also_served=[DECISIONS_SERVICE]
+            self._grpc,
+            self.generation,
+            self.dispatcher.status,
+            also_served=[DECISIONS_SERVICE, LEDGERS_SERVICE],
         )
         inference_pb2_grpc.add_DecisionsServicer_to_server(self, self._grpc)
+        ledgers = Ledgers(lambda: self.dispatcher.status().workers, self.spec.token)
+        inference_pb2_grpc.add_LedgersServicer_to_server(ledgers, self._grpc)
         worker_pb2_grpc.add_MembershipServicer_to_server(self.dispatcher, self._grpc)
         try:
             port = self._grpc.add_insecure_port(f"{grpc_host}:{grpc_port}")

@@ -19,7 +19,8 @@ import msgspec
 from engine.api import Costs, Load
 from engine.plan import StepPlan, StepResult
 from kvtransfer.messages import Connect, CopyOut, Disconnect, MoverJob, MoverReport, Probe, SendChunk
-from worker.messages import FromEngine, Shutdown, ToEngine
+from worker import ledger_view
+from worker.messages import FromEngine, ReadLedger, Shutdown, ToEngine
 from worker.ring import RingReader, RingWriter
 from worker.role import Action, Role
 
@@ -137,6 +138,8 @@ class StepLoop:
     def _event(self, event: ToEngine, now: float) -> None:
         if isinstance(event, Shutdown):
             self._stop = True
+        elif isinstance(event, ReadLedger):
+            self._say(ledger_view.read(self.role, event, now))
         else:
             self.role.handle(event, now)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.api import Cancel, KvEvents, Load, RequestEnd, StepOutput, Submit
+from engine.api import Cancel, KvEvents, LedgerCounts, Load, RequestEnd, StepOutput, Submit
 from kvtransfer.messages import ControlMessage, Hello
 
 
@@ -60,9 +60,52 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class ReadLedger(msgspec.Struct, frozen=True, tag=True):
+    """Somebody wants to know who holds what; `call` names the answer."""
+
+    call: int
+    oldest: int
+
+
+class OwnerEntry(msgspec.Struct, frozen=True):
+    """See `worker.role.Owner`. `left_s` None: no deadline of its own."""
+
+    name: str
+    kind: str
+    state: str
+    blocks: int
+    age_s: float
+    left_s: float | None
+
+
+class LeaseEntry(msgspec.Struct, frozen=True):
+    """See `worker.role.HeldLease`."""
+
+    peer: str
+    handoff_id: int
+    chunk: int
+    slot: int
+    state: str
+    age_s: float
+
+
+class LedgerRead(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `ReadLedger`. `checked`: at rest, so every block was looked at; `broken`: what was wrong."""
+
+    call: int
+    counts: LedgerCounts
+    at_rest: bool
+    checked: bool
+    broken: str
+    owners: int
+    oldest: list[OwnerEntry]
+    lease_count: int
+    leases: list[LeaseEntry]
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish the step, check the ledger, end."""
 
 
-ToEngine = Submit | Cancel | SessionLost | PeerUp | PeerLost | FromPeer | Shutdown
-FromEngine = Ready | StepOutput | RequestEnd | Load | KvEvents | ToPeer | PeerRefused | Fatal
+ToEngine = Submit | Cancel | SessionLost | PeerUp | PeerLost | FromPeer | ReadLedger | Shutdown
+FromEngine = Ready | StepOutput | RequestEnd | Load | KvEvents | ToPeer | PeerRefused | LedgerRead | Fatal

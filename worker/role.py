@@ -35,6 +35,18 @@ class Owner:
     landing: bool = False  # the blocks are being filled; nobody may read them
 
 
+@dataclass(frozen=True, slots=True)
+class HeldLease:
+    """A landing slot that is not free: whose lease on it is open, or why it is kept."""
+
+    peer: str
+    handoff_id: int
+    chunk: int
+    slot: int
+    state: str  # "granted", "landed" or "quarantined"
+    since: float  # granted, on the clock of the step loop
+
+
 class Role(Protocol):
     """A pure state machine: events and `now` in, actions out. See `decode.role` and `prefill.role`."""
 
@@ -78,6 +90,9 @@ class Role(Protocol):
 
     def owners(self) -> Iterator[Owner]:
         """All who hold blocks or wait for a peer, in no order; costs what they hold."""
+
+    def leases(self) -> Iterator[HeldLease]:
+        """All slots that are not free."""
 
     def check(self) -> None:
         """Raises LedgerError when the books do not add up, or are not those of the `owners`."""

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc
 import msgspec
 
 from baton.v1 import inference_pb2 as api
@@ -30,11 +31,14 @@ from engine.api import (
     TokenEntry,
     Trace,
 )
+from worker import ledger_view
 from worker.kv_feed import KvFeed, KvSubscription
-from worker.messages import SessionLost, ToEngine
+from worker.messages import LedgerRead, ReadLedger, SessionLost, ToEngine
 from worker.spec import WorkerSpec
 
 log = logging.getLogger("baton.shell")
+
+LEDGER_WAIT_S = 10.0  # a step of a long prompt on a slow CPU takes seconds
 
 
 class SessionOutbox:
@@ -144,9 +148,36 @@ class WorkerService:
         self._sessions: dict[int, SessionOutbox] = {}
         self._request_ids: dict[RequestKey, str] = {}  # of open requests, for the log
         self._next = 1
+        self._ledgers: dict[int, asyncio.Future[api.WorkerLedger]] = {}  # by call
+        self._ledger_calls = 0
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> api.WorkerStatus:
         return self._describe()
+
+    async def ReadLedger(self, request: api.LedgerRequest, context: Any) -> api.WorkerLedger:
+        """Answered by the engine, between two steps."""
+        self._ledger_calls += 1
+        call = self._ledger_calls
+        future = self._ledgers[call] = asyncio.get_running_loop().create_future()
+        self._send(ReadLedger(call, min(request.oldest or ledger_view.OLDEST, ledger_view.MOST)))
+        try:
+            async with asyncio.timeout(LEDGER_WAIT_S):
+                answer: api.WorkerLedger = await future
+                return answer
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"the engine of {self._spec.worker_id} did not answer within {LEDGER_WAIT_S:g} s",
+            )
+            raise
+        finally:
+            del self._ledgers[call]
+
+    def ledger_read(self, found: LedgerRead, slot_bytes: int) -> None:
+        """The engine's answer; whoever asked may have gone."""
+        future = self._ledgers.get(found.call)
+        if future is not None and not future.done():
+            future.set_result(ledger_view.told(self._spec, found, slot_bytes))
 
     async def Session(self, requests: AsyncIterator[pb.ToWorker], context: Any) -> None:
         session = SessionOutbox(self._next)

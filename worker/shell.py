@@ -22,7 +22,7 @@ from baton.v1 import inference_pb2 as api
 from baton.v1 import worker_pb2_grpc
 from engine.api import Costs, KvEvents, Load, RequestEnd, StepOutput
 from worker.engine_process import EngineProcess
-from worker.messages import Fatal, FromEngine, PeerRefused, Ready, ToEngine, ToPeer
+from worker.messages import Fatal, FromEngine, LedgerRead, PeerRefused, Ready, ToEngine, ToPeer
 from worker.sessions import WorkerService, worker_status
 from worker.spec import Started, WorkerSpec
 
@@ -141,6 +141,9 @@ class WorkerShell:
             self._load = message
             self._costs = message.costs or self._costs
             self.service.load(new_costs=message.costs is not None)
+        elif isinstance(message, LedgerRead):
+            assert self.ready is not None
+            self.service.ledger_read(message, sum(self.ready.hello.slot_bytes))
         elif isinstance(message, KvEvents):
             self.service.kv_events(message)
         elif isinstance(message, Ready):

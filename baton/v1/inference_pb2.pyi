@@ -365,6 +365,80 @@ class Ledger(_message.Message):
     slots_total: int
     def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_held: _Optional[int] = ..., blocks_landing: _Optional[int] = ..., blocks_total: _Optional[int] = ..., slots_free: _Optional[int] = ..., slots_leased: _Optional[int] = ..., slots_quarantined: _Optional[int] = ..., slots_total: _Optional[int] = ...) -> None: ...
 
+class LedgerRequest(_message.Message):
+    __slots__ = ("oldest",)
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    oldest: int
+    def __init__(self, oldest: _Optional[int] = ...) -> None: ...
+
+class LedgerResponse(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerLedger]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerLedger, _Mapping]]] = ...) -> None: ...
+
+class WorkerLedger(_message.Message):
+    __slots__ = ("worker_id", "role", "incarnation", "unreachable", "counts", "at_rest", "checked", "broken", "owners", "oldest", "lease_count", "leases", "quarantined_bytes")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    AT_REST_FIELD_NUMBER: _ClassVar[int]
+    CHECKED_FIELD_NUMBER: _ClassVar[int]
+    BROKEN_FIELD_NUMBER: _ClassVar[int]
+    OWNERS_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    LEASE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    role: str
+    incarnation: str
+    unreachable: str
+    counts: Ledger
+    at_rest: bool
+    checked: bool
+    broken: str
+    owners: int
+    oldest: _containers.RepeatedCompositeFieldContainer[BlockOwner]
+    lease_count: int
+    leases: _containers.RepeatedCompositeFieldContainer[HeldLease]
+    quarantined_bytes: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[str] = ..., unreachable: _Optional[str] = ..., counts: _Optional[_Union[Ledger, _Mapping]] = ..., at_rest: _Optional[bool] = ..., checked: _Optional[bool] = ..., broken: _Optional[str] = ..., owners: _Optional[int] = ..., oldest: _Optional[_Iterable[_Union[BlockOwner, _Mapping]]] = ..., lease_count: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[HeldLease, _Mapping]]] = ..., quarantined_bytes: _Optional[int] = ...) -> None: ...
+
+class BlockOwner(_message.Message):
+    __slots__ = ("name", "kind", "state", "blocks", "age_s", "left_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: str
+    state: str
+    blocks: int
+    age_s: float
+    left_s: float
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[str] = ..., blocks: _Optional[int] = ..., age_s: _Optional[float] = ..., left_s: _Optional[float] = ...) -> None: ...
+
+class HeldLease(_message.Message):
+    __slots__ = ("peer", "handoff_id", "chunk", "slot", "state", "age_s")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    handoff_id: int
+    chunk: int
+    slot: int
+    state: str
+    age_s: float
+    def __init__(self, peer: _Optional[str] = ..., handoff_id: _Optional[int] = ..., chunk: _Optional[int] = ..., slot: _Optional[int] = ..., state: _Optional[str] = ..., age_s: _Optional[float] = ...) -> None: ...
+
 class WorkerQueue(_message.Message):
     __slots__ = ("kv_tokens", "prompt_tokens", "attention", "room", "max_running", "step_tokens", "capacity_tokens", "available_tokens", "token_bytes", "busy", "age_s")
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]

@@ -260,3 +260,78 @@ class Decisions:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class LedgersStub:
+    """Who holds what, asked for and computed only then: between two engine steps of each worker.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Read = channel.unary_unary(
+                '/baton.v1.Ledgers/Read',
+                request_serializer=baton_dot_v1_dot_inference__pb2.LedgerRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_inference__pb2.LedgerResponse.FromString,
+                _registered_method=True)
+
+
+class LedgersServicer:
+    """Who holds what, asked for and computed only then: between two engine steps of each worker.
+    """
+
+    def Read(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_LedgersServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Read': grpc.unary_unary_rpc_method_handler(
+                    servicer.Read,
+                    request_deserializer=baton_dot_v1_dot_inference__pb2.LedgerRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_inference__pb2.LedgerResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'baton.v1.Ledgers', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('baton.v1.Ledgers', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Ledgers:
+    """Who holds what, asked for and computed only then: between two engine steps of each worker.
+    """
+
+    @staticmethod
+    def Read(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Ledgers/Read',
+            baton_dot_v1_dot_inference__pb2.LedgerRequest.SerializeToString,
+            baton_dot_v1_dot_inference__pb2.LedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

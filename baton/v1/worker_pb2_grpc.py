@@ -45,6 +45,11 @@ class WorkerStub:
                 request_serializer=baton_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_inference__pb2.WorkerStatus.FromString,
                 _registered_method=True)
+        self.ReadLedger = channel.unary_unary(
+                '/baton.v1.Worker/ReadLedger',
+                request_serializer=baton_dot_v1_dot_inference__pb2.LedgerRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_inference__pb2.WorkerLedger.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -63,6 +68,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadLedger(self, request, context):
+        """answered between two steps
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=baton_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=baton_dot_v1_dot_inference__pb2.WorkerStatus.SerializeToString,
+            ),
+            'ReadLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadLedger,
+                    request_deserializer=baton_dot_v1_dot_inference__pb2.LedgerRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_inference__pb2.WorkerLedger.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Worker:
             '/baton.v1.Worker/Describe',
             baton_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
             baton_dot_v1_dot_inference__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/ReadLedger',
+            baton_dot_v1_dot_inference__pb2.LedgerRequest.SerializeToString,
+            baton_dot_v1_dot_inference__pb2.WorkerLedger.FromString,
             options,
             channel_credentials,
             insecure,

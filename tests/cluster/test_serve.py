@@ -88,6 +88,7 @@ async def test_it_starts_answers_and_stops(tmp_path: Path, launcher: str) -> Non
         }
         table = await baton.call("status", "--ledger")
         assert table.returncode == 0 and table.stdout.count(" ok") == 2, table.stdout
+        assert table.stdout.count("checked") == 2, table.stdout
         baton.process.send_signal(signal.SIGTERM)
         begun = time.monotonic()
         await eventually(lambda: baton.process.poll() is not None, "baton serve ends")

@@ -55,11 +55,15 @@ async def test_prefill_engine_frozen(reference: Reference) -> None:
         os.kill(pair.prefill.started.engine_pid, signal.SIGSTOP)
         try:
             answer = await client.answer(key)
+            held = await client.ledger()
+            assert {lease.state for lease in held.leases} == {"quarantined"}
+            assert held.quarantined_bytes > 0 and held.checked and not held.broken
         finally:
             os.kill(pair.prefill.started.engine_pid, signal.SIGCONT)
         assert answer.ids == reference.answers[19]
         assert "not complete" in answer.trace.fallback
         await client.at_rest()
+        assert not (await client.ledger()).leases
         after = await client.ask([9, *reference.prompts[17]], prefill="prefill-0")
         assert after.end is not None and after.end.reason == "length"
 

@@ -170,6 +170,13 @@ class DecodeClient:
         )
         return status
 
+    async def ledger(self) -> api.WorkerLedger:
+        """Who holds what in it."""
+        found: api.WorkerLedger = await self.stub.ReadLedger(
+            api.LedgerRequest(), metadata=rpc.credentials(TOKEN), timeout=10
+        )
+        return found
+
     async def until(self, predicate: Any, *, timeout_s: float = WAIT_TIMEOUT_S) -> api.WorkerStatus:
         """Asks for the worker's status until the predicate holds."""
         async with asyncio.timeout(timeout_s):

@@ -153,6 +153,8 @@ class TransferSection(_Section):
     wire_dtype: Literal["stored", "int8", "fp8_e4m3"] = "stored"
     # Whether a sender puts pieces together before it sends them: where they would be below 64 KiB, or as told.
     gather: Literal["auto", "always", "never"] = "auto"
+    # GB/s; a pair of workers between which less is measured when they are linked does not hand off; 0: whatever it is.
+    min_bandwidth: Annotated[float, Field(ge=0)] = 0.0
     handoff_timeout_s: Seconds = 30.0
 
 
@@ -204,7 +206,7 @@ class Config(_Section):
                 f"kvtransfer.chunk_tokens = {self.kvtransfer.chunk_tokens}: is less than a block of "
                 f"{self.decode.block_size} tokens (decode.block_size); make it a multiple of that"
             )
-        for key, without in (("wire_dtype", "stored"), ("gather", "auto")):
+        for key, without in (("wire_dtype", "stored"), ("gather", "auto"), ("min_bandwidth", 0.0)):
             value = getattr(self.kvtransfer, key)
             if value != without and not self.prefill.replicas:
                 raise ValueError(

@@ -185,6 +185,7 @@ def _worker_spec(
         chunk_tokens=config.kvtransfer.chunk_tokens,
         wire_dtype="" if config.kvtransfer.wire_dtype == "stored" else config.kvtransfer.wire_dtype,
         gather=config.kvtransfer.gather,
+        min_bandwidth=config.kvtransfer.min_bandwidth,
         handoff_timeout_s=config.kvtransfer.handoff_timeout_s,
         calibrate_s=config.cluster.calibrate_s,
         profile_dir=config.cluster.profile_dir,

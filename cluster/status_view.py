@@ -10,7 +10,7 @@ from rich.table import Table
 
 from baton.v1 import inference_pb2
 
-_LEFT = ("alive", "address", "transport", "sums", "at rest", "kind", "state", "writer")
+_LEFT = ("alive", "address", "transport", "links", "sums", "at rest", "kind", "state", "writer")
 _PIPE_COLUMNS = 200  # nothing is cut where nobody looks at a screen
 
 
@@ -69,6 +69,7 @@ def _workers(workers: list[inference_pb2.WorkerStatus]) -> Table:
         "KV used",
         "step",
         "transport",
+        "links",
         "address",
         "pid",
     )
@@ -85,10 +86,24 @@ def _workers(workers: list[inference_pb2.WorkerStatus]) -> Table:
             f"{100 * used / counts.blocks_total:.0f}%" if counts.blocks_total else "-",
             str(worker.step),
             worker.transport or "-",
+            _links(worker),
             worker.address,
             str(worker.pid),
         )
     return table
+
+
+def _links(worker: inference_pb2.WorkerStatus) -> str:
+    """To each decode worker, in GB/s as measured when they were linked."""
+    return (
+        ", ".join(
+            f"{link.worker_id} {link.bytes_per_s / 1e9:.3g} GB/s"
+            if link.bytes_per_s
+            else f"{link.worker_id} [yellow]?[/]"
+            for link in worker.links
+        )
+        or "-"
+    )
 
 
 def _show_ledgers(workers: list[inference_pb2.WorkerLedger], console: Console) -> None:

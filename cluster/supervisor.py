@@ -84,6 +84,8 @@ class Supervisor:
         self._peers: dict[
             str, frozenset[str]
         ] = {}  # incarnation of a decode worker -> incarnations it is linked to
+        # By prefill incarnation and decode worker: bytes_per_s and error of the link, as told.
+        self._links: dict[tuple[str, str], tuple[float, str]] = {}
         self._handles: set[WorkerHandle] = set()
         self._launcher_open = asyncio.Event()
         self._was_ready = asyncio.Event()
@@ -159,6 +161,8 @@ class Supervisor:
         finally:
             self._membership.leave(started)
             self._peers.pop(started.incarnation, None)
+            for key in [key for key in self._links if key[0] == started.incarnation]:
+                del self._links[key]
             await _cancel(*watchers, pushing)
         await handle.kill()
         self._handles.discard(handle)
@@ -177,6 +181,7 @@ class Supervisor:
                     heard = time.monotonic() - status.engine_silent_s
                     if started.role == "decode":
                         self._peers[started.incarnation] = frozenset(status.peers)
+                    self._tell_links(started, status)
                     problem = "its engine has said nothing"
                 except grpc.aio.AioRpcError as error:
                     problem = f"it has not answered ({error.code().name})"
@@ -184,6 +189,25 @@ class Supervisor:
                 if silent_s > self._settings.silence_s:
                     return f"its process runs but {problem} for {silent_s:.0f} s"
                 await asyncio.sleep(_ASK_EVERY_S if self._was_ready.is_set() else _ASK_EVERY_AT_START_S)
+
+    def _tell_links(self, started: Started, status: inference_pb2.WorkerStatus) -> None:
+        """One line for each pair of workers, when it was measured or refused."""
+        for link in status.links:
+            told = (link.bytes_per_s, link.error)
+            if self._links.get((started.incarnation, link.worker_id)) == told:
+                continue
+            self._links[started.incarnation, link.worker_id] = told
+            via = f"{started.worker_id} to {link.worker_id}: {started.transport}"
+            via += f" ({link.devices})" if link.devices else ""
+            if link.error:
+                self._report.problem(f"{via}: {link.error}")
+            else:
+                speed = f"{link.bytes_per_s / 1e9:.3g} GB/s, {link.latency_s * 1e6:.0f} us"
+                self._report.line(f"{via}, {speed}")
+            if link.warning:
+                self._report.problem(
+                    f"SLOW TRANSPORT, {started.worker_id} to {link.worker_id}: {link.warning}"
+                )
 
     # ---- routers -----------------------------------------------------------------------------------------------
 

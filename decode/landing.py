@@ -48,6 +48,9 @@ from worker.messages import FromPeer, PeerRefused, ToPeer
 from worker.role import Action, Owner
 
 PROBE_PERIOD_S = 0.25
+MEASURE_S = (
+    10.0  # the longest that a new peer, which measures its link to us, gets our transport's full attention
+)
 CREDITS_PER_HANDOFF = 4  # enough to hide a round trip behind a chunk's write; more would only hold slots
 
 OnEnd = Callable[[Sequence, int, int, str, float], None]
@@ -121,6 +124,7 @@ class LandingZone:
         self._copying: dict[int, tuple[Handoff, int, list[int]]] = {}  # lease id -> hand-off, chunk, blocks
         self._next_id = 1
         self._next_probe = 0.0
+        self._measured_until = 0.0  # until then peers that are not linked yet may be measuring
 
     # ---- state -------------------------------------------------------------------------------------------------
 
@@ -136,7 +140,7 @@ class LandingZone:
 
     @property
     def expecting(self) -> bool:
-        return bool(self._handoffs or self._copying or self._slots.quarantined)
+        return bool(self._handoffs or self._copying or self._slots.quarantined or self._measured_until)
 
     @property
     def reserved_blocks(self) -> int:
@@ -180,7 +184,7 @@ class LandingZone:
 
     # ---- peers -------------------------------------------------------------------------------------------------
 
-    def peer_up(self, hello: Hello) -> None:
+    def peer_up(self, hello: Hello, now: float) -> None:
         """A prefill worker said hello on a new control stream."""
         try:
             if not self._slots.total:
@@ -194,6 +198,7 @@ class LandingZone:
         self._peers[hello.incarnation] = peer
         self._by_worker[hello.worker_id] = peer
         self._lost.pop(hello.incarnation, None)
+        self._measured_until = now + MEASURE_S
         self._actions.append(Connect(hello))
 
     def peer_lost(self, incarnation: str, epoch: int, now: float) -> None:
@@ -411,6 +416,8 @@ class LandingZone:
             self._counters["handoffs_expired"] += 1
             self._fail(oldest, f"not complete after {self.timeout_s:g} s", now, expired=True)
         self._look_again(now)
+        if now >= self._measured_until or all(peer.linked for peer in self._peers.values()):
+            self._measured_until = 0.0
         if self._handoffs:
             self._take_blocks()
             self._grant(running, now)

@@ -160,7 +160,7 @@ class DecodeRole:
             for key in list(self._by_session.get(event.session, ())):
                 self._cancel(key, now)
         elif isinstance(event, PeerUp):
-            self.landing.peer_up(event.hello)
+            self.landing.peer_up(event.hello, now)
         elif isinstance(event, PeerLost):
             self.landing.peer_lost(event.peer, event.epoch, now)
         elif isinstance(event, FromPeer):

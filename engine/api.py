@@ -230,6 +230,18 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True):
     age_s: float = 0.0
 
 
+class PeerLink(msgspec.Struct, frozen=True):
+    """How fast a prefill worker can write to a decode worker, measured when they were linked; by the slowest pair of
+    ranks. `error`: why it was not measured, or why this peer was refused."""
+
+    worker_id: str
+    bytes_per_s: float = 0.0
+    latency_s: float = 0.0  # of 4 KiB
+    devices: str = ""  # what moves the bytes, as far as the transport tells: "cma/memory, tcp/lo"
+    error: str = ""
+    warning: str = ""  # it works, but a faster way is there: which, and what helps
+
+
 class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A worker's state for the router's view and for `baton status`; sent when it changed, at most every 50 ms.
 
@@ -243,6 +255,7 @@ class Load(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     handoffs: int
     ledger: LedgerCounts
     peers: list[str] = []
+    links: list[PeerLink] = []
     counters: dict[str, int] = {}
     queue: Queue = Queue()
     costs: Costs | None = None

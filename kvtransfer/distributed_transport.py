@@ -95,6 +95,7 @@ class DistributedTransport:
     """See `kvtransfer.transport.Transport`. `staging` and `landing` may be empty."""
 
     name = "distributed/gloo"
+    warning = ""
 
     def __init__(self, incarnation: str, staging: Region, landing: Region, host: str = "127.0.0.1") -> None:
         """`host`: the address or name by which peers reach this host. Raises TransportError."""

@@ -20,7 +20,10 @@ DIGEST = "digest:xxh3-128"
 LAYOUT = "layout:head-major"
 WIRE_FORMS = {"": "wire:stored", "int8": "wire:int8", "fp8_e4m3": "wire:fp8_e4m3"}
 
-CAPABILITIES = (DIGEST, LAYOUT, *WIRE_FORMS.values())  # of this release; said in every hello
+# Behind its slots a decode worker has 4 MiB into which its peers may write to measure (`kvtransfer.preflight`).
+PREFLIGHT = "preflight:4mib"
+
+CAPABILITIES = (DIGEST, LAYOUT, *WIRE_FORMS.values(), PREFLIGHT)  # of this release; said in every hello
 
 Side = Literal["prefill", "decode"]
 

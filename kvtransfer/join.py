@@ -7,12 +7,14 @@ does not report any more is its supervisor's to end, and the whole worker with i
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 
 from kvtransfer.messages import ChunkDone, Connected, Copied, MoverReport, Probed, Sent
+from kvtransfer.preflight import worst
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class Join:
         if isinstance(first, Sent):
             return self._sent([report for report in reports if isinstance(report, Sent)])
         if isinstance(first, Connected):
-            return Connected(first.peer, _errors([r.error for r in reports if isinstance(r, Connected)]))
+            return _connected([report for report in reports if isinstance(report, Connected)])
         if isinstance(first, Copied):
             verified = all(report.verified for report in reports if isinstance(report, Copied))
             return Copied(first.handoff_id, first.lease_id, verified)
@@ -98,6 +100,15 @@ class Join:
             pieces=[] if error else sent,
             digests=[] if error else digests,
         )
+
+
+def _connected(reports: list[Connected]) -> Connected:
+    slowest = functools.reduce(worst, (report.measured for report in reports))
+    devices = ", ".join(dict.fromkeys(d for r in reports for d in r.devices.split(", ") if d))
+    warning = next((report.warning for report in reports if report.warning), "")
+    return Connected(
+        reports[0].peer, _errors([report.error for report in reports]), slowest, devices, warning
+    )
 
 
 def _key(report: MoverReport) -> tuple[object, ...]:

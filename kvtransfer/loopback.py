@@ -209,6 +209,7 @@ class LoopbackTransport:
 
     name = "loopback"
     devices = "none"
+    warning = ""
 
     def __init__(self, fabric: LoopbackFabric, incarnation: str, staging: Region, landing: Region) -> None:
         self.incarnation = incarnation

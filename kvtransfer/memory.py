@@ -1,7 +1,9 @@
 """What registered memory the transfer of one rank needs, and the transport over it.
 
-    prefill rank   staging region   [ buffer 0 | buffer 1 | buffer 2 | the KV pool, where it may be sent from directly ]
-    decode rank    landing region   [ slot 0 | slot 1 | ... ]
+    prefill rank   staging   [ buffer 0 | buffer 1 | buffer 2 | the KV pool, where it may be sent from directly | area ]
+    decode rank    landing   [ slot 0 | slot 1 | ... | area ]
+
+The areas are what links are measured with (`kvtransfer.preflight`), and nothing else uses them.
 
 A rank's process opens it once, before its KV pool, which may get its memory from here (`storage`), and gives it to its
 mover. Regions live as long as the process: nothing here may free or resize them.
@@ -16,6 +18,7 @@ import torch
 
 from kvtransfer.messages import KvSpec
 from kvtransfer.plan import kv_heads, slot_bytes
+from kvtransfer.preflight import AREA_BYTES
 from kvtransfer.transports import Endpoint, open_transport
 
 Gather = Literal["auto", "always", "never"]
@@ -34,6 +37,7 @@ class TransferMemory:
     slots: int
     buffers: int
     buffers_bytes: int  # of the staging region, before the pool
+    area_at: int  # in the region of this side
     storage: torch.Tensor | None  # flat uint8 for the KV pool; None: it allocates by itself
 
     @staticmethod
@@ -77,6 +81,7 @@ class TransferMemory:
             slots=sizes.slots,
             buffers=sizes.buffers,
             buffers_bytes=sizes.buffers_bytes,
+            area_at=max(sizes.staging_bytes, sizes.landing_bytes) - sizes.area_bytes,
             storage=torch.from_numpy(pool) if sizes.pool_bytes else None,
         )
 
@@ -98,14 +103,15 @@ class Sizes:
     buffers: int
     buffers_bytes: int
     pool_bytes: int
+    area_bytes: int = AREA_BYTES
 
     @property
     def staging_bytes(self) -> int:
-        return self.buffers_bytes + self.pool_bytes
+        return self.buffers_bytes + self.pool_bytes + self.area_bytes if self.buffers else 0
 
     @property
     def landing_bytes(self) -> int:
-        return self.slots * self.slot_bytes
+        return self.slots * self.slot_bytes + self.area_bytes if self.slots else 0
 
     @staticmethod
     def of(

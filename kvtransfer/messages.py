@@ -186,9 +186,27 @@ class Probe(msgspec.Struct, frozen=True, tag=True):
 MoverJob = Connect | Disconnect | SendChunk | CopyOut | Probe
 
 
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """`latency_s`: from posting to settling 4 KiB, median. `bytes_per_s`: of the best large write. 0 with `error`."""
+
+    latency_s: float = 0.0
+    bytes_per_s: float = 0.0
+    moved_bytes: int = 0
+    error: str = ""
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes_per_s / 1e9
+
+
 class Connected(msgspec.Struct, frozen=True, tag=True):
+    """`measured`: how fast this worker can write to it, by the slowest pair of ranks; None where it does not write."""
+
     peer: str
     error: str = ""
+    measured: Measured | None = None
+    devices: str = ""  # what moves the bytes, as far as the transport tells
+    warning: str = ""  # what is wrong with these devices
 
 
 class Sent(msgspec.Struct, frozen=True, tag=True):

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from kvtransfer import layout
+from kvtransfer.linking import Linking
 from kvtransfer.memory import Side, TransferMemory
 from kvtransfer.messages import (
     Connect,
@@ -106,6 +107,7 @@ class Mover:
         self._expecting = False
         # From here on: the mover's thread only.
         self._peers = Peers(self._endpoint, kv, rank, self._sending)
+        self._linking = Linking(memory, on_report)
         self._lines: dict[str, deque[SendChunk]] = {}  # by peer; the first peer is next
         self._free = list(range(memory.buffers))
         self._held: Counter[str] = Counter()
@@ -144,6 +146,7 @@ class Mover:
                 self._take_jobs(self._wait_s())
                 self._send_next()
                 self._poll()
+                self._linking.tick()
         except BaseException as error:
             log.exception("the mover's thread ends")
             fatal = error
@@ -158,6 +161,7 @@ class Mover:
             for line in self._lines.values():
                 for job in line:
                     self._refuse(job, reason)
+            self._linking.close(reason)
             self._endpoint.close()
         except BaseException as error:
             log.exception("the mover could not end cleanly")
@@ -168,7 +172,7 @@ class Mover:
     def _wait_s(self) -> float:
         if self._next_peer() is not None:
             return 0.0
-        return BUSY_POLL_S if self._in_flight or self._expecting else IDLE_POLL_S
+        return BUSY_POLL_S if self._in_flight or self._expecting or self._linking.busy else IDLE_POLL_S
 
     def _take_jobs(self, wait_s: float) -> None:
         try:
@@ -186,13 +190,25 @@ class Mover:
         elif isinstance(job, CopyOut):
             self._on_report(Copied(job.handoff_id, job.lease_id, self._copy_out(job)))
         elif isinstance(job, Connect):
-            self._on_report(Connected(job.hello.incarnation, self._peers.connect(job.hello)))
+            self._connect(job)
         elif isinstance(job, Disconnect):
             for waiting in self._lines.pop(job.peer, ()):
                 self._refuse(waiting, f"{job.peer} was disconnected")
+            self._linking.forget(job.peer, "it was disconnected")
             self._peers.disconnect(job.peer)
         elif isinstance(job, Probe):
             self._on_report(Probed(job.peer, self._peers.gone(job.peer)))
+
+    def _connect(self, job: Connect) -> None:
+        """Reported once the links to those ranks are measured, which is when chunks may be sent over them."""
+        name = job.hello.incarnation
+        self._linking.forget(name, "it was connected again")
+        error = self._peers.connect(job.hello)
+        peer = self._peers.get(name)
+        if error or peer is None or self._sending is None:
+            self._on_report(Connected(name, error))
+        else:
+            self._linking.measure(peer)
 
     def _refuse(self, job: MoverJob | None, reason: str) -> None:
         """The report of a job that is not done."""
@@ -282,7 +298,8 @@ class Mover:
 
     def _poll(self) -> None:
         for settled in self._endpoint.poll():
-            self._write_settled(settled)
+            if not self._linking.settled(settled):
+                self._write_settled(settled)
 
     def _write_settled(self, settled: Settled) -> None:
         done = self._in_flight.pop(settled.ticket)
@@ -332,8 +349,8 @@ def _check_pool(layers: Sequence[torch.Tensor], kv: KvSpec, rank: int) -> None:
 
 def _check_slot(peer: Peer, slot: int, outgoing: Outgoing) -> None:
     """Raises ValueError when the peer's slots do not hold what is written: it would land in another slot."""
-    if slot < 0:
-        raise ValueError(f"slot {slot}")
+    if not 0 <= slot < peer.hello.slot_count:
+        raise ValueError(f"slot {slot} of {peer.hello.worker_id}, which has {peer.hello.slot_count}")
     for write in outgoing.writes:
         if write.end > peer.hello.slot_bytes[write.target]:
             raise ValueError(

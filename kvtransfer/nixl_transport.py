@@ -116,6 +116,7 @@ class NixlTransport:
             rdma=devices.rdma_devices(),
         )
         self.devices = ""
+        self.warning = ""
         self._lanes: dict[str, None] = {}
         self._peers: dict[str, _Peer] = {}
         self._agents: set[str] = (
@@ -300,6 +301,7 @@ class NixlTransport:
                 theirs=about.rdma,
             )
             if slow:
+                self.warning = slow
                 log.warning("SLOW TRANSPORT to %s: %s", peer, slow)
 
     def _forget_idle(self) -> None:

@@ -14,9 +14,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 
+from kvtransfer.messages import Measured
 from kvtransfer.rows import OPERATION_BYTES
 from kvtransfer.transport import Rows, Transport, TransportError
 
@@ -31,19 +31,6 @@ _FIRST_BYTES = 64 << 10
 _LARGE_WRITES = 3  # at least, however slow
 _POLL_S = 20e-6
 assert AREA_BYTES <= OPERATION_BYTES
-
-
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """`latency_s`: from posting to settling 4 KiB, median. `bytes_per_s`: of the best large write. 0 with `error`."""
-
-    latency_s: float = 0.0
-    bytes_per_s: float = 0.0
-    moved_bytes: int = 0
-    error: str = ""
-
-    @property
-    def gb_per_s(self) -> float:
-        return self.bytes_per_s / 1e9
 
 
 class Preflight:
@@ -147,16 +134,19 @@ def run(
 
 
 def refusal(measured: Measured, min_bandwidth_gb_s: float) -> str:
-    """Why this peer is not to be used; empty: it is. `min_bandwidth_gb_s`: 0 for whatever there is."""
+    """Why this link is not to be used; empty: it is. `min_bandwidth_gb_s`: 0 for whatever there is."""
     if min_bandwidth_gb_s <= 0:
         return ""
     if measured.error:
-        return f"its bandwidth could not be measured ({measured.error}), and kvtransfer.min_bandwidth is set"
+        return (
+            f"the link could not be measured ({measured.error}), and kvtransfer.min_bandwidth = "
+            f"{min_bandwidth_gb_s:g} GB/s is wanted"
+        )
     if measured.gb_per_s >= min_bandwidth_gb_s:
         return ""
     return (
-        f"{measured.gb_per_s:.3g} GB/s, less than kvtransfer.min_bandwidth = {min_bandwidth_gb_s:g} GB/s: "
-        "`baton doctor` shows what is in the way"
+        f"the link does {measured.gb_per_s:.3g} GB/s, less than kvtransfer.min_bandwidth = "
+        f"{min_bandwidth_gb_s:g} GB/s: `baton doctor` shows what is in the way"
     )
 
 
@@ -166,3 +156,15 @@ def summary(measured: Measured, transport: str, devices: str) -> str:
     if measured.error:
         return f"{via}: not measured: {measured.error}"
     return f"{via}: {measured.gb_per_s:.3g} GB/s, {measured.latency_s * 1e6:.0f} us"
+
+
+def worst(one: Measured | None, other: Measured | None) -> Measured | None:
+    """Of two links that are used together: the least bandwidth, the largest latency, the first error."""
+    if one is None or other is None:
+        return one or other
+    return Measured(
+        latency_s=max(one.latency_s, other.latency_s),
+        bytes_per_s=0.0 if one.error or other.error else min(one.bytes_per_s, other.bytes_per_s),
+        moved_bytes=one.moved_bytes + other.moved_bytes,
+        error=one.error or other.error,
+    )

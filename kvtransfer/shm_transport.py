@@ -33,6 +33,7 @@ class ShmTransport:
 
     name = "shm"
     devices = "memory"
+    warning = ""
 
     def __init__(self, incarnation: str, staging: Region, landing_bytes: int) -> None:
         """Raises TransportError when the kernel gives no shared memory."""

@@ -24,9 +24,8 @@ class Endpoint(Transport, Protocol):
 
     staging: Region
     landing: Region
-    devices: (
-        str  # what moves the bytes, as far as the transport tells: "cma/memory, tcp/lo"; known once connected
-    )
+    devices: str  # what moves the bytes, as far as the transport tells: "cma/memory, tcp/lo"; once connected
+    warning: str  # what is wrong with them: a faster way is there; else empty
 
     def close(self) -> None:
         """Ends it. Writes in flight are not stopped by this, and regions stay allocated."""

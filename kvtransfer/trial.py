@@ -20,7 +20,8 @@ import numpy as np
 import xxhash
 
 from kvtransfer import preflight
-from kvtransfer.preflight import AREA_BYTES, Measured, Preflight
+from kvtransfer.messages import Measured
+from kvtransfer.preflight import AREA_BYTES, Preflight
 from kvtransfer.transport import Region, TransportError
 from kvtransfer.transports import Endpoint, open_transport
 

@@ -12,7 +12,7 @@ from worker.spec import WorkerSpec
 
 
 def make_role(spec: WorkerSpec, hello: Hello, blocks: BlockLedger, limits: Limits) -> Role:
-    return PrefillRole(hello, blocks, limits, max_waiting=spec.max_waiting)
+    return PrefillRole(hello, blocks, limits, max_waiting=spec.max_waiting, min_bandwidth=spec.min_bandwidth)
 
 
 if __name__ == "__main__":

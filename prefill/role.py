@@ -15,7 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engine.api import KvEvents, Load, RequestKey
+from engine.api import KvEvents, Load, PeerLink, RequestKey
 from engine.costs import StepModel
 from engine.ledger import BlockLedger, counts
 from engine.plan import StepPlan, StepResult
@@ -36,12 +36,14 @@ from kvtransfer.messages import (
     Hello,
     Lease,
     Linked,
+    Measured,
     MoverReport,
     Quiet,
     SendChunk,
     Sent,
 )
 from kvtransfer.plan import Plan
+from kvtransfer.preflight import refusal
 from prefill.states import HANDOFFS, State
 from worker.messages import FromPeer, PeerLost, PeerRefused, PeerUp, ToEngine, ToPeer
 from worker.role import Action, HeldLease, Owner
@@ -65,6 +67,7 @@ class Peer:
     number: int
     alive: bool = True
     connected: bool = False
+    link: PeerLink | None = None
     quiet_owed: int = 0
 
 
@@ -94,13 +97,23 @@ class Handoff:
 class PrefillRole:
     """State of one prefill worker."""
 
-    def __init__(self, hello: Hello, blocks: BlockLedger, limits: Limits, *, max_waiting: int = 512) -> None:
+    def __init__(
+        self,
+        hello: Hello,
+        blocks: BlockLedger,
+        limits: Limits,
+        *,
+        max_waiting: int = 512,
+        min_bandwidth: float = 0.0,
+    ) -> None:
+        """`min_bandwidth`: decode workers to which less GB/s were measured are refused; 0: none is."""
         self.hello = hello
         self.blocks = blocks
         self.scheduler = Scheduler(blocks, limits, urgent_preempts=False)
         self.counters: Counter[str] = Counter()
         self.costs = StepModel()
         self._max_waiting = max_waiting
+        self._min_bandwidth = min_bandwidth
         self._actions: list[Action] = []
         self._peers: dict[str, Peer] = {}
         self._handoffs: dict[Key, Handoff] = {}
@@ -138,6 +151,7 @@ class PrefillRole:
             handoffs=len(self._handoffs),
             ledger=counts(self.blocks),
             peers=[name for name, peer in self._peers.items() if peer.alive and peer.connected],
+            links=[peer.link for peer in self._peers.values() if peer.alive and peer.link is not None],
             counters={**self.counters, "evictions": self.blocks.evictions},
             queue=self.scheduler.queue(self._max_waiting - self.scheduler.waiting, self.hello.kv.token_bytes),
         )
@@ -178,14 +192,7 @@ class PrefillRole:
         if isinstance(report, Sent):
             self._sent(report, now)
         elif isinstance(report, Connected):
-            peer = self._peers.get(report.peer)
-            if peer is not None:
-                peer.connected = not report.error
-                if peer.connected:
-                    self._say(report.peer, peer.hello.epoch, Linked())
-                else:
-                    self.counters["peers_refused"] += 1
-                    self._actions.append(PeerRefused(report.peer, report.error))
+            self._connected(report)
 
     def tick(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -272,6 +279,29 @@ class PrefillRole:
         peer.quiet_owed = hello.epoch - 1
         self._actions.append(Connect(hello))
         self._pay_quiet(peer)
+
+    def _connected(self, report: Connected) -> None:
+        peer = self._peers.get(report.peer)
+        if peer is None:
+            return
+        measured = report.measured or Measured()
+        error = report.error or (
+            refusal(measured, self._min_bandwidth) if report.measured is not None else ""
+        )
+        peer.link = PeerLink(
+            peer.hello.worker_id,
+            measured.bytes_per_s,
+            measured.latency_s,
+            report.devices,
+            error or measured.error,
+            report.warning,
+        )
+        peer.connected = not error
+        if peer.connected:
+            self._say(report.peer, peer.hello.epoch, Linked())
+        else:
+            self.counters["peers_refused"] += 1
+            self._actions.append(PeerRefused(report.peer, error))
 
     def _peer_lost(self, incarnation: str, epoch: int, now: float) -> None:
         peer = self._peers.get(incarnation)

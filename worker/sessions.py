@@ -318,6 +318,7 @@ def worker_status(
         status.waiting_tokens = load.waiting_tokens
         status.handoffs = load.handoffs
         status.peers.extend(load.peers)
+        status.links.extend(api.PeerLink(**msgspec.structs.asdict(link)) for link in load.links)
         status.counters.update(load.counters)
         status.ledger.CopyFrom(
             api.Ledger(

@@ -44,6 +44,9 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     chunk_tokens: int = 256  # wanted; made to fit slots of at most 16 MiB
     wire_dtype: str = ""  # "" = as stored, "int8", "fp8_e4m3"
     gather: str = "auto"  # before sending: "auto" = where pieces would be below 64 KiB, "always", "never"
+    min_bandwidth: float = (
+        0.0  # GB/s; a prefill worker refuses decode workers to which it measures less; 0: none
+    )
     handoff_timeout_s: float = 30.0
     calibrate_s: float = 0.0  # at most, of steps that measure the machine before the first request; 0: none
     profile_dir: str = ""  # where what steps cost is kept between lives; empty: nowhere

@@ -501,8 +501,24 @@ class HandoffCosts(_message.Message):
     seen: int
     def __init__(self, peer: _Optional[str] = ..., latency_s: _Optional[float] = ..., byte_s: _Optional[float] = ..., spread: _Optional[_Iterable[float]] = ..., seen: _Optional[int] = ...) -> None: ...
 
+class PeerLink(_message.Message):
+    __slots__ = ("worker_id", "bytes_per_s", "latency_s", "devices", "error", "warning")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    bytes_per_s: float
+    latency_s: float
+    devices: str
+    error: str
+    warning: str
+    def __init__(self, worker_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., devices: _Optional[str] = ..., error: _Optional[str] = ..., warning: _Optional[str] = ...) -> None: ...
+
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "incarnation", "address", "alive", "step", "waiting", "running", "waiting_tokens", "handoffs", "ledger", "transport", "peers", "counters", "pid", "engine_pid", "engine_pids", "engine_silent_s", "queue", "costs")
+    __slots__ = ("worker_id", "role", "incarnation", "address", "alive", "step", "waiting", "running", "waiting_tokens", "handoffs", "ledger", "transport", "peers", "counters", "pid", "engine_pid", "engine_pids", "engine_silent_s", "queue", "links", "costs")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -529,6 +545,7 @@ class WorkerStatus(_message.Message):
     ENGINE_PIDS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_SILENT_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
@@ -549,5 +566,6 @@ class WorkerStatus(_message.Message):
     engine_pids: _containers.RepeatedScalarFieldContainer[int]
     engine_silent_s: float
     queue: WorkerQueue
+    links: _containers.RepeatedCompositeFieldContainer[PeerLink]
     costs: WorkerCosts
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., alive: _Optional[bool] = ..., step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., handoffs: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., transport: _Optional[str] = ..., peers: _Optional[_Iterable[str]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ..., engine_pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., engine_silent_s: _Optional[float] = ..., queue: _Optional[_Union[WorkerQueue, _Mapping]] = ..., costs: _Optional[_Union[WorkerCosts, _Mapping]] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., alive: _Optional[bool] = ..., step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., handoffs: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., transport: _Optional[str] = ..., peers: _Optional[_Iterable[str]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ..., engine_pid: _Optional[int] = ..., engine_pids: _Optional[_Iterable[int]] = ..., engine_silent_s: _Optional[float] = ..., queue: _Optional[_Union[WorkerQueue, _Mapping]] = ..., links: _Optional[_Iterable[_Union[PeerLink, _Mapping]]] = ..., costs: _Optional[_Union[WorkerCosts, _Mapping]] = ...) -> None: ...

@@ -77,6 +77,11 @@ def test_the_tree_is_frozen() -> None:
             ["decode.placement = 'spread'", "no Ray"],
         ),
         ({"kvtransfer": {"wire_dtype": "int3"}}, ["kvtransfer.wire_dtype = 'int3'", "'int8'"]),
+        ({"kvtransfer": {"min_bandwidth": -1}}, ["kvtransfer.min_bandwidth = -1"]),
+        (
+            {"kvtransfer": {"min_bandwidth": 2.5}, "prefill": {"replicas": 0}},
+            ["kvtransfer.min_bandwidth = 2.5", "prefill.replicas is 0"],
+        ),
         ({"kvtransfer": {"gather": "sometimes"}}, ["kvtransfer.gather = 'sometimes'", "'always'"]),
         (
             {"kvtransfer": {"wire_dtype": "int8"}, "prefill": {"replicas": 0}},

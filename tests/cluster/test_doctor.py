@@ -16,7 +16,7 @@ from cluster import cli, doctor
 from cluster.config import Config, from_tree
 from cluster.doctor import Finding
 from kvtransfer import devices
-from kvtransfer.preflight import Measured
+from kvtransfer.messages import Measured
 from kvtransfer.transport import TransportError
 from kvtransfer.trial import Trial
 

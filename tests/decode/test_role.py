@@ -21,12 +21,13 @@ from kvtransfer.messages import (
     Disconnect,
     Done,
     Failed,
+    Linked,
     Probe,
     Probed,
     Quiet,
 )
 from tests.decode.desk import BLOCK, CHUNK, Desk, hello, prompt_of, with_epoch
-from worker.messages import PeerUp, SessionLost
+from worker.messages import FromPeer, PeerUp, SessionLost
 
 
 @pytest.fixture
@@ -110,6 +111,26 @@ def test_without_a_connected_peer_the_prompt_is_computed_here() -> None:
         trace = desk.ends[request.request].trace
         assert trace is not None
         assert trace.fallback == "not connected to prefill"
+
+
+def test_a_peer_that_measures_its_link_finds_the_transport_awake() -> None:
+    """Over TCP, writes to us need our own polling."""
+    desk = Desk()
+    seen = [desk.role.expecting]
+    desk.role.handle(PeerUp(hello("prefill", "p1", 1)), 0.0)
+    desk.role.report(Connected("p1"), 0.0)
+    desk.role.tick(9.0)
+    seen.append(desk.role.expecting)
+    desk.role.handle(FromPeer("p1", 1, Linked()), 9.0)
+    desk.role.tick(9.0)
+    seen.append(desk.role.expecting)
+    assert seen == [False, True, False]
+    desk.role.handle(PeerUp(hello("other", "p2", 1)), 20.0)
+    desk.role.tick(29.9)
+    seen.append(desk.role.expecting)
+    desk.role.tick(30.0)
+    seen.append(desk.role.expecting)
+    assert seen[3:] == [True, False], "one that never links is not waited for all the time"
 
 
 def test_a_worker_without_slots_refuses_peers_and_computes_all() -> None:

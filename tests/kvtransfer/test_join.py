@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.join import Join
-from kvtransfer.messages import ChunkDone, Connected, Copied, MoverReport, Probed, Sent
+from kvtransfer.messages import ChunkDone, Connected, Copied, Measured, MoverReport, Probed, Sent
 
 
 class Joined:
@@ -156,3 +156,12 @@ def test_a_rank_that_is_none_is_refused() -> None:
     for rank in (-1, 2):
         with pytest.raises(ValueError):
             Joined(2).join.put(rank, Connected("p"))
+
+
+def test_a_link_of_ranks_is_as_fast_as_the_slowest() -> None:
+    joined = Joined(2)
+    fast, slow = Measured(bytes_per_s=9.0, latency_s=1.0), Measured(bytes_per_s=5.0, latency_s=2.0)
+    joined.join.put(0, Connected("p", "", fast, "cma/memory, tcp/lo"))
+    joined.join.put(1, Connected("p", "", slow, "tcp/lo, tcp/eth0", "slow"))
+    both = Measured(bytes_per_s=5.0, latency_s=2.0)
+    assert joined.reports == [Connected("p", "", both, "cma/memory, tcp/lo, tcp/eth0", "slow")]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from kvtransfer.digest import copy_and_digest, digest, piece_seed
+from kvtransfer.handshake import PREFLIGHT
 from kvtransfer.join import Join
 from kvtransfer.layout import DTYPES
 from kvtransfer.loopback import LoopbackFabric, LoopbackFaults, LoopbackTransport
@@ -126,7 +127,8 @@ class Worker:
         return self.reports.get(timeout=LIMIT_S)
 
     def connect(self, other: Hello) -> None:
-        assert self.ask(Connect(other)) == Connected(other.incarnation)
+        report = self.ask(Connect(other))
+        assert isinstance(report, Connected) and (report.peer, report.error) == (other.incarnation, "")
 
     def tokens(self, blocks: list[int], first: int, count: int) -> torch.Tensor:
         return worker_tokens(self.kv, self.pools, blocks, first, count)
@@ -763,9 +765,13 @@ def _two_processes(kind: str) -> None:
     try:
         hello = msgspec.convert(there.call("open_mover", kind, {"block_size": 4}, "prefill", 1), type=Hello)
         here.connect(hello)
-        there.call("submit", _as_dict(Connect(here.hello)))
-        assert there.call("report") == {"type": "Connected", "peer": "decode", "error": ""}
         here.mover.expecting(True)
+        there.call("submit", _as_dict(Connect(msgspec.structs.replace(here.hello, capabilities=[PREFLIGHT]))))
+        connected = msgspec.convert(there.call("report"), type=Connected)
+        assert (connected.peer, connected.error) == ("decode", "")
+        assert connected.measured is not None and connected.measured.error == ""
+        assert connected.measured.bytes_per_s > 0 and connected.devices
+        assert not here.memories[0].endpoint.landing[: 2 * here.memories[0].slot_bytes].any()
         for index in range(3):
             job = chunk(index=index, slot=index % 2)
             there.call("submit", _as_dict(job))

@@ -7,7 +7,8 @@ import pytest
 
 from kvtransfer import preflight
 from kvtransfer.loopback import LoopbackFabric, LoopbackFaults
-from kvtransfer.preflight import AREA_BYTES, LIMIT_S, Measured, Preflight, refusal, run, summary
+from kvtransfer.messages import Measured
+from kvtransfer.preflight import AREA_BYTES, LIMIT_S, Preflight, refusal, run, summary
 from kvtransfer.transport import Rows
 from kvtransfer.trial import trial
 

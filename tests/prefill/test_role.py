@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from engine.api import PeerLink
 from engine.ledger import BlockLedger
 from engine.scheduler import Limits
 from kvtransfer.chunks import chunks
@@ -25,6 +26,7 @@ from kvtransfer.messages import (
     KvSpec,
     Lease,
     Linked,
+    Measured,
     MoverJob,
     Quiet,
     SendChunk,
@@ -79,12 +81,23 @@ def prompt_of(length: int, first: int = 0) -> list[int]:
 class Desk:
     """A prefill role with time by hand, a mover whose writes settle when a test says so, and decode workers `d1`..."""
 
-    def __init__(self, *, blocks: int = 60, limits: Limits | None = None, max_waiting: int = 50) -> None:
+    def __init__(
+        self,
+        *,
+        blocks: int = 60,
+        limits: Limits | None = None,
+        max_waiting: int = 50,
+        min_bandwidth: float = 0.0,
+    ) -> None:
         self.now = 0.0
         self.model = Model(blocks, BLOCK)
         self.ledger = BlockLedger(blocks, BLOCK)
         self.role = PrefillRole(
-            hello("prefill", "p1"), self.ledger, limits or Limits(64, 8), max_waiting=max_waiting
+            hello("prefill", "p1"),
+            self.ledger,
+            limits or Limits(64, 8),
+            max_waiting=max_waiting,
+            min_bandwidth=min_bandwidth,
         )
         self.begun: dict[tuple[str, int], Begin] = {}
         self.said: list[ToPeer] = []
@@ -359,6 +372,34 @@ def test_a_peer_that_the_transport_cannot_reach_gets_nothing() -> None:
     desk.role.report(Connected("d1"), 0.0)
     desk.turn()
     assert [said.message for said in desk.said] == [Linked()]
+
+
+def test_a_link_that_is_too_slow_is_refused_with_both_values() -> None:
+    def linked(measured: Measured | None, min_bandwidth: float) -> Desk:
+        desk = Desk(min_bandwidth=min_bandwidth)
+        desk.role.handle(PeerUp(hello("d1", "d1", 1)), 0.0)
+        desk.role.report(Connected("d1", "", measured, "tcp/eth0"), 0.0)
+        desk.turn()
+        return desk
+
+    slow = Measured(bytes_per_s=0.4e9, latency_s=1e-4)
+    refused = linked(slow, 2.5)
+    assert "0.4 GB/s" in refused.refused[0].reason and "2.5 GB/s" in refused.refused[0].reason
+    assert not refused.said and refused.role.load().peers == []
+    assert refused.role.load().links[0].error == refused.refused[0].reason
+    unknown = linked(Measured(error="it hangs"), 2.5)
+    assert "it hangs" in unknown.refused[0].reason and not unknown.said
+    for desk in (
+        linked(slow, 0.0),
+        linked(slow, 0.4),
+        linked(Measured(error="it hangs"), 0.0),
+        linked(None, 2.5),
+    ):
+        assert [said.message for said in desk.said] == [Linked()] and not desk.refused
+    assert linked(slow, 0.0).role.load().links == [PeerLink("d1", 0.4e9, 1e-4, "tcp/eth0")]
+    lost = linked(slow, 0.0)
+    lost.role.handle(PeerLost("d1", 1), 0.0)
+    assert lost.role.load().links == []
 
 
 def test_a_peer_of_another_model_is_refused() -> None:

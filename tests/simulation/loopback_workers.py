@@ -28,7 +28,7 @@ from engine.ledger import BlockLedger, SlotLedger
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Limits
 from engine.sequence import Sequence
-from kvtransfer.handshake import CAPABILITIES
+from kvtransfer.handshake import CAPABILITIES, PREFLIGHT
 from kvtransfer.join import Join
 from kvtransfer.leases import LeaseRecord
 from kvtransfer.loopback import LoopbackFabric, LoopbackFaults, _Landing, _Write
@@ -274,7 +274,8 @@ class Worker:
             kv=kv,
             transport="loopback",
             endpoints=[memory.describe() for memory in memories],
-            capabilities=list(CAPABILITIES),
+            # No preflight: it takes real time, and this fabric knows all that is written.
+            capabilities=[name for name in CAPABILITIES if name != PREFLIGHT],
             slot_count=slots,
             slot_bytes=[memory.slot_bytes for memory in memories],
         )

@@ -12,7 +12,7 @@ from cluster import status_view
 
 def shown(*workers: api.WorkerStatus) -> str:
     console = Console(width=200, file=io.StringIO(), highlight=False)
-    status_view.show(api.StatusResponse(router="r", workers=workers), ledger=False, console=console)
+    status_view.show(api.StatusResponse(router="r", workers=workers), console=console)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 

@@ -528,15 +528,14 @@ def test_a_chunk_landed_but_not_copied_frees_its_slot_when_cancelled() -> None:
     desk.peer_up()
     request = desk.submit(prompt_of(13), to="prefill")
     begin, leases = desk.begun()
-    everything = desk.ledger.take(5)
-    assert everything is not None
+    desk.take(5)
     desk.say(desk.write(begin, leases[0]))
     desk.turn()
     assert not desk.read_jobs(CopyOut)
     desk.cancel(request)
     assert desk.role.slots.leased == 0
     assert desk.role.slots.quarantined == 1
-    desk.ledger.release(everything)
+    desk.give_back()
     assert desk.at_rest()
 
 
@@ -655,14 +654,13 @@ def test_credit_needs_blocks_for_the_oldest_and_one_for_each_that_runs() -> None
     desk.submit(prompt_of(4, first=20), 8)
     desk.turn()
     desk.turn()
-    taken = desk.ledger.take(desk.ledger.available - 4)
-    assert taken is not None
+    desk.take(desk.ledger.available - 4)
     desk.submit(prompt_of(17), to="prefill")  # needs 4
     begin, leases = desk.begun()
     assert desk.ledger.available == 4
     assert desk.role.scheduler.running == 1
     assert not leases
-    desk.ledger.release(taken)
+    desk.give_back()
     desk.turn()
     assert desk.credits(begin)
 
@@ -698,15 +696,14 @@ def test_a_young_handoffs_chunk_waits_in_its_slot_while_the_oldest_needs_the_blo
     desk.turn()
     begins = desk.read(Begin)
     leases = [desk.credits(begin) for begin in begins]
-    taken = desk.ledger.take(7)  # 5 are left, of which the oldest needs 4
-    assert taken is not None
+    desk.take(7)  # 5 are left, of which the oldest needs 4
     desk.say(desk.write(begins[1], leases[1][0]))
     desk.run()
     assert not desk.read_jobs(CopyOut)
     desk.say(desk.write(begins[0], leases[0][1]))
     desk.turn()
     assert [job.handoff_id for job in desk.read_jobs(CopyOut)] == [begins[0].handoff_id]
-    desk.ledger.release(taken)
+    desk.give_back()
     desk.deliver(begins[0], leases[0][:1])
     desk.run()
     assert desk.right(oldest)

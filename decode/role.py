@@ -58,7 +58,8 @@ class DecodeRole:
         self.costs = StepModel()
         self._actions: list[Action] = []
         self._requests: dict[RequestKey, Request] = {}
-        self._by_session: dict[int, set[RequestKey]] = {}
+        # In order: a lost session cancels its requests in the order in which they came, in every process.
+        self._by_session: dict[int, dict[RequestKey, None]] = {}
         self._parked: dict[
             bytes, list[Request]
         ] = {}  # by the hash that they wait for; key present = owner at work
@@ -235,7 +236,7 @@ class DecodeRole:
         request = open_request(submit, now, self._wire_dtype)
         self._sequences += len(request.live)
         self._requests[submit.request] = request
-        self._by_session.setdefault(submit.request.session, set()).add(submit.request)
+        self._by_session.setdefault(submit.request.session, {})[submit.request] = None
         self.counters["accepted"] += 1
         self._place(request, now)
 
@@ -407,7 +408,7 @@ class DecodeRole:
         key = request.submit.request
         del self._requests[key]
         session = self._by_session[key.session]
-        session.discard(key)
+        session.pop(key, None)
         if not session:
             del self._by_session[key.session]
         self._wake_parked(request, now)

@@ -27,7 +27,7 @@ from router.view import ClusterView
 TOKEN = "t"
 
 
-class HandWorker:
+class HandWorker(worker_pb2_grpc.WorkerServicer):
     """Says `script(submit)` for each request; records what it is told."""
 
     def __init__(self, script: Callable[[pb.Submit], list[pb.FromWorker]]) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from kvtransfer.messages import DTYPE_BYTES, PROTOCOL, Hello, KvGroup, KvSpec
+from kvtransfer.messages import DTYPE_BYTES, PROTOCOL, Hello, KvSpec
 from kvtransfer.plan import Plan, PlanError, plan
 
 # How pieces are told from damaged ones, how they lie in a slot, and in which forms KV can cross.
@@ -118,10 +118,11 @@ def _small_slots(made: Plan, decode: Hello) -> list[str]:
 
 def _groups(kv: KvSpec) -> list[str]:
     """In words, and in one order. A release that knew no groups said none: all its layers are full."""
-    groups = kv.groups or (KvGroup("full", tuple(range(kv.layers))),)
+    if not kv.groups:  # not listed: a peer may say any number
+        return [f"full: layers {f'0-{kv.layers - 1}' if kv.layers > 1 else '0'}"]
     return sorted(
         f"{group.kind}{f' {group.window}' if group.window else ''}: layers {_ranges(group.layers)}"
-        for group in groups
+        for group in kv.groups
     )
 
 

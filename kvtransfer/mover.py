@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.0002  # with writes in flight, either way
 IDLE_POLL_S = 0.05
+_MEMORY_BYTES = 1 << 62  # offsets beyond overflow in the transports' rows
 
 
 @dataclass(slots=True)
@@ -352,10 +353,11 @@ def _check_slot(peer: Peer, slot: int, outgoing: Outgoing) -> None:
     if not 0 <= slot < peer.hello.slot_count:
         raise ValueError(f"slot {slot} of {peer.hello.worker_id}, which has {peer.hello.slot_count}")
     for write in outgoing.writes:
-        if write.end > peer.hello.slot_bytes[write.target]:
-            raise ValueError(
-                f"{write.end} bytes for rank {write.target}, whose slots hold {peer.hello.slot_bytes[write.target]}"
-            )
+        size = peer.hello.slot_bytes[write.target]
+        if write.end > size:
+            raise ValueError(f"{write.end} bytes for rank {write.target}, whose slots hold {size}")
+        if slot * size >= _MEMORY_BYTES:
+            raise ValueError(f"slot {slot} of {size} bytes of rank {write.target} is in no memory")
 
 
 def _sent(

@@ -276,7 +276,7 @@ class PrefillRole:
         else:
             peer.hello, peer.plan = hello, plan
             peer.alive = True
-        peer.quiet_owed = hello.epoch - 1
+        peer.quiet_owed = max(0, hello.epoch - 1)
         self._actions.append(Connect(hello))
         self._pay_quiet(peer)
 
@@ -387,6 +387,8 @@ class PrefillRole:
             return "the transport to this decode worker is not connected"
         if not 0 <= begin.start < len(begin.tokens):
             return f"nothing to hand off: start {begin.start} of {len(begin.tokens)} tokens"
+        if not math.isfinite(begin.deadline_s):  # not-a-number would put the heap of deadlines out of order
+            return f"deadline_s={begin.deadline_s}: a hand-off ends in finite time"
         needed = self.blocks.blocks_for(len(begin.tokens))
         if needed > self.blocks.total:
             return f"the prompt needs {needed} KV blocks, this prefill worker has {self.blocks.total}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -199,3 +200,14 @@ def test_groups_must_agree_in_whatever_order_they_come() -> None:
 def test_a_release_that_names_no_groups_means_full_layers() -> None:
     grouped = hello(kv(groups=(KvGroup("full", (0, 1, 2, 3, 4, 5)),)))
     assert agree(grouped, hello(kv()), "prefill").chunk_tokens == 32
+
+
+def test_huge_numbers_in_a_hello_cost_nothing() -> None:
+    tracemalloc.start()
+    try:
+        said = refusal(MINE, hello(kv(layers=1 << 21), slot_bytes=[1]))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "kv.layers is 6 here and 2097152 at decode-0" in said and "full: layers 0-2097151" in said
+    assert peak < 1 << 20

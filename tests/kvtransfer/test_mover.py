@@ -738,6 +738,16 @@ def test_slots_that_are_too_small_are_not_written_past(pair: Pair) -> None:
     assert not pair.slot(0).any()
 
 
+def test_slots_of_impossible_sizes_do_not_end_the_mover(pair: Pair) -> None:
+    huge = msgspec.structs.replace(pair.decode.hello, slot_bytes=[1 << 63])
+    pair.prefill.connect(huge)
+    report = pair.prefill.ask(chunk(slot=2))
+    assert isinstance(report, Sent) and "slot 2 of 9223372036854775808 bytes" in report.error
+    assert pair.prefill.fatal.empty()
+    pair.prefill.connect(pair.decode.hello)
+    assert pair.prefill.ask(chunk()).error == ""  # type: ignore[union-attr]
+
+
 # ---- over real transports, in two processes ----------------------------------------------------------------------
 
 

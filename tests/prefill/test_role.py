@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 import numpy as np
@@ -696,3 +697,22 @@ def test_the_models_kv_is_checked_by_these_tests(desk: Desk) -> None:
     desk.model.pools[0][:] = np.int64(7)
     with pytest.raises(AssertionError):
         desk.sent()
+
+
+@pytest.mark.parametrize("deadline_s", [math.nan, math.inf])
+def test_a_deadline_that_is_none_is_refused_and_the_others_still_pass(deadline_s: float) -> None:
+    desk = Desk()
+    desk.peer_up()
+    desk.begin(1, prompt_of(16), deadline_s=deadline_s)
+    said = desk.read()
+    assert isinstance(said[0], Failed) and f"{deadline_s}" in said[0].reason
+    desk.begin(2, prompt_of(16), deadline_s=1.0)
+    desk.run()
+    desk.wait(2.0)
+    assert any(isinstance(each, Failed) and "deadline" in each.reason for each in desk.read())
+
+
+def test_a_first_stream_without_an_epoch_has_nothing_to_be_quiet_about() -> None:
+    desk = Desk()
+    desk.peer_up(epoch=0)
+    assert not desk.read()

@@ -27,6 +27,7 @@ from worker.step_codec import StepDecoder, StepDelta
 log = logging.getLogger("baton.follower")
 
 FLUSH_S = 0.002  # while the link is full
+LOOK_S = 0.2  # while it is not: the mover's thread may fill it at any time
 
 
 class FollowerStarted(msgspec.Struct, frozen=True):
@@ -107,7 +108,7 @@ def _serve(spec: WorkerSpec, link: RankLink, collective_fd: int, store: str) -> 
     for fd in link.filenos():
         poll.register(fd, select.POLLIN)
     while True:
-        poll.poll(None if link.flush() else 1000 * FLUSH_S)
+        poll.poll(1000 * (LOOK_S if link.flush() else FLUSH_S))
         for message in link.read():
             if isinstance(message, StepDelta):
                 parts.runner.run(decoder.decode(message))

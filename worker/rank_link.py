@@ -168,7 +168,7 @@ class StreamLink:
         data = self._encoder.encode(message)
         with self._lock:
             self._pending.append(memoryview(_LENGTH.pack(len(data)) + data))
-            self._pending_bytes += len(data)
+            self._pending_bytes += len(data) + _LENGTH.size
             if self._pending_bytes > ring.PENDING_LIMIT:
                 raise ring.RingFull(f"{self._pending_bytes} bytes wait for a rank that does not read")
             self._flush()
@@ -427,10 +427,17 @@ def _receive(connection: socket.socket, type_: Any, descriptors: list[int] | Non
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
+    """The next `size` bytes, all of them within the connection's time-out; OSError."""
+    limit_s = connection.gettimeout() or HELLO_TIMEOUT_S
+    deadline = time.monotonic() + limit_s
     data = b""
     while len(data) < size:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
         more = connection.recv(size - len(data))
         if not more:
             raise OSError("the connection ended at the meeting")
         data += more
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{len(data)} of {size} bytes came within {limit_s:g} s at the meeting")
+    connection.settimeout(limit_s)
     return data

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,34 @@ def test_the_default_place_is_closed_to_others(monkeypatch: pytest.MonkeyPatch, 
 def test_every_message_can_be_told_from_the_others() -> None:
     for union in (rank_link.ToRank, rank_link.FromRank):
         msgspec.msgpack.Decoder(union)
+
+
+def test_the_bound_on_what_waits_stays_where_it_is(
+    pool: concurrent.futures.ThreadPoolExecutor, place: tuple[str, socket.socket | None]
+) -> None:
+    links, others, _ = _meet(pool, place)
+    for _ in range(20):
+        links[1].send(Expecting(True))
+    assert len(_until(others[1], 20)) == 20 and links[1].flush()
+    kept: Any = links[1]
+    assert getattr(kept, "_writer", kept)._pending_bytes == 0
+
+
+def test_a_stranger_who_drips_does_not_hold_up_the_meeting(
+    pool: concurrent.futures.ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_link, "HELLO_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(rank_link, "MEET_TIMEOUT_S", 0.5)
+    listener = socket.create_server(("127.0.0.1", 0))
+    rendezvous = f"127.0.0.1:{listener.getsockname()[1]}"
+    leader = pool.submit(meet_followers, _spec(0, rendezvous), listener, -1, "")
+    pause = threading.Event()
+    with socket.create_connection(listener.getsockname()) as stranger:
+        stranger.sendall((1 << 15).to_bytes(4, "little"))
+        with contextlib.suppress(OSError):
+            for _ in range(200):  # sent away long before these have gone
+                stranger.sendall(b"x")
+                pause.wait(0.05)
+            pytest.fail("it was listened to all the time")
+    with pytest.raises(MeetingError, match="did not come"):
+        leader.result(10)

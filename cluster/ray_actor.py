@@ -71,10 +71,6 @@ class RankActor:
             )
         return self._process.pid
 
-    async def wait_closed(self) -> str:
-        """Waits for the end of the rank's process."""
-        return f"ended with {await self._process.wait()}"
-
 
 def _prepare(spec_json: bytes, environment: dict[str, str], log: str) -> WorkerSpec:
     """Makes this process ready to be a rank, before anything is imported that loads torch."""

@@ -54,6 +54,7 @@ def main() -> None:
         started = FollowerStarted(spec.worker_id, spec.incarnation, spec.rank, os.getpid())
         sys.stdout.write(msgspec.json.encode(started).decode() + "\n")
         sys.stdout.flush()
+        os.dup2(2, 1)  # nobody reads on: what libraries print must not fill a pipe
         threading.Thread(target=_die_with_leader, args=(link,), daemon=True, name="leader").start()
         _serve(spec, link, collective_fd, store)
     except LinkLost as lost:

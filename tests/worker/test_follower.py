@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import select
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from kvtransfer.messages import MoverReport, Probed
@@ -64,6 +68,36 @@ def test_what_did_not_fit_when_it_was_reported_arrives(monkeypatch: pytest.Monke
     assert found == reports and not serving.is_alive()
     for each in (leader, link):
         each.close()
+
+
+_CHATTY = """
+import os, sys
+from worker import follower
+
+follower.dial_leader = lambda spec: (None, -1, "")
+follower._die_with_leader = lambda link: None
+follower._serve = lambda *arguments: [os.write(1, b"x" * 65536) for _ in range(16)]
+follower.main()
+"""
+
+
+def test_a_library_that_prints_does_not_block_it(tmp_path: Path) -> None:
+    """Who started it reads one line and no more, as the actor of a rank does."""
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _CHATTY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
+    with process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(msgspec.json.encode(SPEC) + b"\n")
+        process.stdin.flush()
+        started = msgspec.json.decode(process.stdout.readline(), type=follower.FollowerStarted)
+        assert started.pid == process.pid
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert (tmp_path / "log").stat().st_size >= 1 << 20
 
 
 def _waits(thread: threading.Thread) -> bool:

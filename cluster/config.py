@@ -241,6 +241,12 @@ class Config(_Section):
                     f"{'one rank' if pool.tensor_parallel == 1 else 'no Ray'}; remove it, or set "
                     f"{name}.tensor_parallel above 1 with cluster.launcher ray"
                 )
+            if 0 < pool.num_gpus < 1 and pool.tensor_parallel > 1:
+                raise ValueError(
+                    f"{name}.num_gpus = {pool.num_gpus:g} with {name}.tensor_parallel = {pool.tensor_parallel}: two "
+                    f"ranks of a worker cannot share a GPU (NCCL refuses it); set {name}.num_gpus to 1, or "
+                    f"{name}.tensor_parallel to 1"
+                )
             if pool.resources and self.cluster.address == "local":
                 raise ValueError(
                     f"{name}.resources = {pool.resources}: chooses among the nodes of a running Ray, and "

@@ -21,6 +21,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from engine.shards import Shard
 from kvtransfer.messages import DTYPE_BYTES, KvSpec
 from kvtransfer.rows import merged
 from kvtransfer.transport import Rows
@@ -337,10 +338,7 @@ def _served_alone(deal: _Deal) -> list[tuple[int, int]]:
 
 
 def _kv_heads(kv: KvSpec, rank: int) -> range:
-    """The kv heads that the query heads floor(rH/tp) .. floor((r+1)H/tp)-1 read."""
-    group = kv.q_heads // kv.kv_heads
-    first, end = (kv.q_heads * r // kv.tensor_parallel for r in (rank, rank + 1))
-    return range(first // group, (end - 1) // group + 1)
+    return Shard(rank, kv.tensor_parallel).kv_heads(kv.q_heads, kv.kv_heads)
 
 
 def _deals(prefill: KvSpec, decode: KvSpec) -> tuple[_Deal, ...]:

@@ -71,6 +71,10 @@ def test_the_tree_is_frozen() -> None:
         ({"decode": 3}, ["decode = 3", "section"]),
         ({"decode": {"block_size": 24}}, ["decode.block_size = 24", "power of two"]),
         ({"decode": {"tensor_parallel": 0}}, ["decode.tensor_parallel = 0", "at least 1"]),
+        (
+            {"decode": {"num_gpus": 0.5, "tensor_parallel": 2}},
+            ["decode.num_gpus = 0.5", "decode.tensor_parallel = 2", "share a GPU"],
+        ),
         ({"decode": {"placement": "spread"}}, ["decode.placement = 'spread'", "one rank", "tensor_parallel"]),
         (
             {"decode": {"placement": "spread", "tensor_parallel": 2}, "cluster": {"launcher": "plain"}},

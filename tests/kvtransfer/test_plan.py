@@ -384,10 +384,11 @@ def test_it_is_made_once_for_a_pair_and_once_for_each_kind_of_chunk() -> None:
     made = plan(spec(), spec())
     assert plan(spec(), spec()) is made
     assert made.pieces(0, 64) is made.pieces(7, 64) and made.outgoing(0, 0, 5) is made.outgoing(0, 1, 5)
+    wide = plan(spec(q_heads=16, tensor_parallel=16), spec(q_heads=16))
     for tokens in range(1, 65):
-        for rank in range(20):
-            made.outgoing(rank, 0, tokens)
-    assert len(made._outgoing) <= 512
+        for rank in range(16):
+            wide.outgoing(rank, 0, tokens)
+    assert len(wide._outgoing) == 512
     for bad in ((-1, 64), (0, 0), (0, 65)):
         with pytest.raises(ValueError):
             made.pieces(*bad)

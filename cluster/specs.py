@@ -5,6 +5,7 @@ Here the last checks are made that need the machine or the model: a CUDA device 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import msgspec
 from cluster.config import Config, PoolSection, router_address
 from cluster.config_errors import ConfigError
 from engine.model_config import ModelConfig, UnsupportedModel
+from kvtransfer import failpoints
 from router.spec import RouterSpec
 from worker.spec import Role, WorkerSpec
 
@@ -189,6 +191,7 @@ def _worker_spec(
         handoff_timeout_s=config.kvtransfer.handoff_timeout_s,
         calibrate_s=config.cluster.calibrate_s,
         profile_dir=config.cluster.profile_dir,
+        failpoints=os.environ.get(failpoints.VARIABLE, ""),  # no key: it is for tests only
     )
 
 

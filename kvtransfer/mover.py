@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from kvtransfer import layout
+from kvtransfer import failpoints, layout
 from kvtransfer.linking import Linking
 from kvtransfer.memory import Side, TransferMemory
 from kvtransfer.messages import (
@@ -262,6 +262,7 @@ class Mover:
             return "this mover has no staging buffers: it cannot send"
         if peer is None:
             return f"{job.peer} is not connected"
+        failpoints.reached("before-chunk")
         buffer = self._free.pop()
         try:
             outgoing = peer.plan.outgoing(self._rank, job.lease.chunk, job.tokens)
@@ -287,6 +288,8 @@ class Mover:
         it is fatal."""
         for write, each in zip(outgoing.writes, rows, strict=True):
             slot = sending.job.lease.slot * peer.hello.slot_bytes[write.target]
+            for settled in failpoints.half_written(self._endpoint, peer.name(write.target), each, slot):
+                self._write_settled(settled)
             try:
                 ticket = self._endpoint.write(
                     peer.name(write.target), each + np.array([0, slot, 0], dtype=np.uint64)
@@ -308,6 +311,7 @@ class Mover:
         done.error = done.error or settled.error
         if done.open:
             return
+        failpoints.reached("after-last-byte")
         job = done.job
         self._free.append(done.buffer)
         self._held[job.peer] -= 1

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvtransfer import layout
+from kvtransfer import failpoints, layout
 from kvtransfer.digest import copy_and_digest, piece_seed
 from kvtransfer.memory import TransferMemory
 from kvtransfer.messages import CopyOut, KvSpec
@@ -53,6 +53,7 @@ class Receiving:
         where = layout.span(self._layers, job.blocks, job.blocks_start, job.first_token, job.tokens)
         if not all(self._verified_copy(job, piece) for piece in pieces):
             return False
+        failpoints.reached("copying-out")
         layout.scatter(self._layers, where, pieces, made.wire_dtype, self._scratch)
         return True
 

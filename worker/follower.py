@@ -17,6 +17,7 @@ import traceback
 
 import msgspec
 
+from kvtransfer import failpoints
 from kvtransfer.messages import MoverReport
 from worker.messages import Fatal, Shutdown
 from worker.rank_link import Expecting, LinkLost, RankLink, RankReady, dial_leader
@@ -93,6 +94,7 @@ def _serve(spec: WorkerSpec, link: RankLink, collective_fd: int, store: str) -> 
         link.send(Fatal(str(error)))
         os._exit(1)
 
+    failpoints.arm(spec.failpoints, spec.role)
     parts = open_parts(spec, open_collective(spec, collective_fd, store))
     mover = parts.start_mover(report, fatal)
     link.send(

@@ -18,9 +18,10 @@ import msgspec
 
 from engine.api import Costs, Load
 from engine.plan import StepPlan, StepResult
+from kvtransfer import failpoints
 from kvtransfer.messages import Connect, CopyOut, Disconnect, MoverJob, MoverReport, Probe, SendChunk
 from worker import ledger_view
-from worker.messages import FromEngine, ReadLedger, Shutdown, ToEngine
+from worker.messages import FromEngine, FromPeer, ReadLedger, Shutdown, ToEngine, ToPeer
 from worker.ring import RingReader, RingWriter
 from worker.role import Action, Role
 
@@ -141,6 +142,8 @@ class StepLoop:
         elif isinstance(event, ReadLedger):
             self._say(ledger_view.read(self.role, event, now))
         else:
+            if isinstance(event, FromPeer):
+                failpoints.saw(event.message)
             self.role.handle(event, now)
 
     def _carry_out(self, actions: list[Action]) -> None:
@@ -149,6 +152,8 @@ class StepLoop:
                 assert self.mover is not None, "a role without a transport asked for one"
                 self.mover.submit(action)
             else:
+                if isinstance(action, ToPeer):
+                    failpoints.saw(action.message)
                 self._say(action)
         expecting = self.role.expecting
         if self.mover is not None and expecting != self._expecting:

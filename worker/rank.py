@@ -23,6 +23,7 @@ from baton import RELEASE
 from engine.collective import SharedMemory
 from engine.ledger import BlockLedger
 from engine.scheduler import Limits
+from kvtransfer import failpoints
 from kvtransfer.handshake import CAPABILITIES
 from kvtransfer.join import Join
 from kvtransfer.messages import ChunkDone, Hello
@@ -92,7 +93,11 @@ def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> N
         os._exit(1)
 
     def send_control(peer: str, done: ChunkDone) -> None:
+        failpoints.reached("before-chunk-done")
         outbox.send(ToPeer(peer, done.epoch, done))
+        failpoints.reached("after-chunk-done")
+
+    failpoints.arm(spec.failpoints, spec.role)
 
     join = Join(spec.tensor_parallel, reports.put, send_control)
     mover = parts.start_mover(lambda report: join.put(0, report), fatal)

@@ -49,6 +49,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     )
     handoff_timeout_s: float = 30.0
     calibrate_s: float = 0.0  # at most, of steps that measure the machine before the first request; 0: none
+    failpoints: str = ""  # a folder, for tests: see `kvtransfer.failpoints`
     profile_dir: str = ""  # where what steps cost is kept between lives; empty: nowhere
 
 

@@ -29,7 +29,9 @@ WAIT_S = 60.0
 class Deployment:
     """`baton serve` with settings given as section.key = value; ports are free ones unless set."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], environment: dict[str, str] | None = None
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.errors = folder / "stderr.txt"
         self.http = self.grpc = ""
@@ -40,7 +42,7 @@ class Deployment:
                 [sys.executable, "-m", "cluster.cli", "serve", *arguments],
                 stdout=subprocess.PIPE,
                 stderr=sink,
-                env={**os.environ, MARK: self.mark},
+                env={**os.environ, **(environment or {}), MARK: self.mark},
                 cwd=CHECKOUT,
             )
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtransfer.rows import merged
 from kvtransfer.transport import Rows
 
 Ints = npt.NDArray[np.int64]
@@ -57,34 +57,47 @@ def runs(place: PoolPlace, blocks: Sequence[int], blocks_start: int, first_token
             f"blocks hold positions {blocks_start}..{blocks_start + len(blocks) * size}, the chunk is "
             f"{first_token}+{tokens}"
         )
-    if place.token_stride == place.head_bytes:
-        at = np.arange(begin // size, -(-(begin + tokens) // size), dtype=np.int64) * size
-        edges = np.clip(np.append(at, at[-1] + size), begin, begin + tokens)
-        at, sizes = edges[:-1], np.diff(edges) * place.head_bytes
-    else:
-        at = np.arange(begin, begin + tokens, dtype=np.int64)
-        sizes = np.full(tokens, place.head_bytes, dtype=np.int64)
-    ids = np.asarray(blocks, dtype=np.int64)[at // size]
+    first, end = begin // size, -(-(begin + tokens) // size)
+    ids = np.array(blocks[first:end], dtype=np.int64)
     if ids.min() < 0 or ids.max() >= place.num_blocks:
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise ValueError(f"block {wrong} is not in a pool of {place.num_blocks}")
-    starts = ids * place.block_stride + at % size * place.token_stride
-    first = np.flatnonzero(np.concatenate(([True], starts[1:] != starts[:-1] + sizes[:-1])))
-    return Runs(starts[first], np.add.reduceat(sizes, first))
+    starts = ids * place.block_stride
+    skipped, unused = begin - first * size, end * size - begin - tokens
+    if place.token_stride == place.head_bytes:
+        sizes = np.full(len(ids), size * place.head_bytes, dtype=np.int64)
+        starts[0] += skipped * place.token_stride
+        sizes[0] -= skipped * place.head_bytes
+        sizes[-1] -= unused * place.head_bytes
+    else:
+        within = np.arange(size, dtype=np.int64) * place.token_stride
+        starts = (starts[:, None] + within).reshape(-1)[skipped : len(ids) * size - unused]
+        sizes = np.full(tokens, place.head_bytes, dtype=np.int64)
+    new = np.flatnonzero(starts[1:] != starts[:-1] + sizes[:-1]) + 1
+    if len(new) == len(starts) - 1:
+        return Runs(starts, sizes)
+    edges = np.concatenate(([0], new))
+    return Runs(starts[edges], np.add.reduceat(sizes, edges))
 
 
 def rows(place: PoolPlace, found: Runs, heads: range, landing: int) -> Rows:
     """The rows of one piece: `heads` (the rank's own count) of the tokens in `found`, to `landing` in the peer's
     memory, in wire order."""
-    base = (
-        np.arange(heads.start, heads.stop, dtype=np.int64)[:, None, None] * place.head_stride
-        + np.array(place.layers, dtype=np.int64)[:, None]
-        + np.array([0, place.kv_stride], dtype=np.int64)
-    ).reshape(-1, 1)
+    base = _bases(place, heads)
     result = np.empty((base.size, len(found), 3), dtype=np.uint64)
-    result[:, :, 0] = base + found.starts
+    np.add(base, found.starts, out=result[:, :, 0], casting="unsafe")
     result[:, :, 2] = found.sizes
-    total = int(found.sizes.sum())
-    before = landing + np.arange(base.size, dtype=np.int64)[:, None] * total
-    result[:, :, 1] = before + (np.cumsum(found.sizes) - found.sizes)
-    return merged(result.reshape(-1, 3))
+    ends = np.cumsum(found.sizes)
+    before = np.arange(landing, landing + base.size * int(ends[-1]), int(ends[-1]), dtype=np.int64)
+    np.add(before[:, None], ends - found.sizes, out=result[:, :, 1], casting="unsafe")
+    return result.reshape(-1, 3)
+
+
+@lru_cache(maxsize=64)
+def _bases(place: PoolPlace, heads: range) -> Ints:
+    """Where each head, layer, k/v of the wire's order begins, [heads * layers * 2, 1]."""
+    by_head = np.arange(heads.start, heads.stop, dtype=np.int64)[:, None, None] * place.head_stride
+    by_layer = np.array(place.layers, dtype=np.int64)[:, None] + np.array(
+        [0, place.kv_stride], dtype=np.int64
+    )
+    return (by_head + by_layer).reshape(-1, 1)

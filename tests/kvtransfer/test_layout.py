@@ -134,6 +134,15 @@ def test_what_is_gathered_here_is_scattered_there(
         found = torch.from_numpy(wire[piece.offset : piece.offset + piece.size_bytes])
         assert torch.equal(found, box.flatten())
 
+    some = rng.sample(pieces, rng.randint(1, len(pieces)))  # as a rank does that shares its heads with others
+    part = np.zeros_like(wire)
+    layout.gather(
+        source, layout.span(source, from_blocks, from_start, first, tokens), some, name_of(source), part
+    )
+    for piece in pieces:
+        at = slice(piece.offset, piece.offset + piece.size_bytes)
+        assert np.array_equal(part[at], wire[at] if piece in some else np.zeros(piece.size_bytes, np.uint8))
+
     layout.scatter(
         target, layout.span(target, to_blocks, to_start, first, tokens), pieces, name_of(target), wire
     )

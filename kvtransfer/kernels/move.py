@@ -7,13 +7,9 @@ group of SCALE_TOKENS tokens of one head of k or v of one layer, so that it sees
     piece  scales [head, layer, k/v, group] fp32 when quantised, then values [head, layer, k/v, token, dim]
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# (the kernels: their parameters have types only once they are launched)
-
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,25 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.launch import Launch, power_of_two
 from kvtransfer.plan import SCALE_TOKENS, SCALED, Piece
 
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COPY, _INT8, _FP8 = 0, 1, 2
 _KIND = {"int8": _INT8, "fp8_e4m3": _FP8}
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """`kernel` over `grid`; `arguments` by name, compile-time constants and options (num_warps) among `constants`."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Any]
-    constants: Mapping[str, Any]
-
-    def __call__(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants)
 
 
 def gather(
@@ -121,7 +105,7 @@ def launches(
             {
                 "BLOCK_SIZE": layers[0].shape[2],
                 "DIM": dim,
-                "DIM_PADDED": 1 << max(0, dim - 1).bit_length(),
+                "DIM_PADDED": power_of_two(dim),
                 "GROUP": SCALE_TOKENS,
                 "KIND": _KIND.get(wire_dtype, _COPY),
                 "num_warps": 4,

@@ -13,6 +13,11 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
+if INTERPRETED:
+    from tests.support.triton_interpreter import mend
+
+    mend()
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

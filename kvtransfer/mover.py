@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.0002  # with writes in flight, either way
 IDLE_POLL_S = 0.05
-_MEMORY_BYTES = 1 << 62  # offsets beyond overflow in the transports' rows
 
 
 @dataclass(slots=True)
@@ -360,8 +359,6 @@ def _check_slot(peer: Peer, slot: int, outgoing: Outgoing) -> None:
         size = peer.hello.slot_bytes[write.target]
         if write.end > size:
             raise ValueError(f"{write.end} bytes for rank {write.target}, whose slots hold {size}")
-        if slot * size >= _MEMORY_BYTES:
-            raise ValueError(f"slot {slot} of {size} bytes of rank {write.target} is in no memory")
 
 
 def _sent(

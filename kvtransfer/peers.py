@@ -17,6 +17,7 @@ from kvtransfer.transports import Endpoint
 log = logging.getLogger(__name__)
 
 REMEMBERED = 1024  # what has landed may still be copied out after its sender was disconnected
+_MEMORY_BYTES = 1 << 62  # offsets into what a peer says that it has must not overflow in the rows of a write
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,11 @@ class Peers:
         self._sending.check(made)
         if len(hello.slot_bytes) != ranks:
             raise PlanError(f"{hello.worker_id} has slots of {len(hello.slot_bytes)} for {ranks} ranks")
+        largest = max(hello.slot_bytes)
+        if hello.slot_count * largest >= _MEMORY_BYTES:
+            raise PlanError(
+                f"{hello.worker_id} says that it has {hello.slot_count} slots of {largest} bytes: no machine has"
+            )
         return Peer(hello, made, made.targets(self._rank))
 
     def _remember(self, peer: Peer) -> None:

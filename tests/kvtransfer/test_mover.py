@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kvtransfer.digest import copy_and_digest, digest, piece_seed
-from kvtransfer.handshake import PREFLIGHT
+from kvtransfer.handshake import CAPABILITIES, PREFLIGHT
 from kvtransfer.join import Join
 from kvtransfer.layout import DTYPES
 from kvtransfer.loopback import LoopbackFabric, LoopbackFaults, LoopbackTransport
@@ -739,13 +739,13 @@ def test_slots_that_are_too_small_are_not_written_past(pair: Pair) -> None:
 
 
 def test_slots_of_impossible_sizes_do_not_end_the_mover(pair: Pair) -> None:
-    huge = msgspec.structs.replace(pair.decode.hello, slot_bytes=[1 << 63])
-    pair.prefill.connect(huge)
-    report = pair.prefill.ask(chunk(slot=2))
-    assert isinstance(report, Sent) and "slot 2 of 9223372036854775808 bytes" in report.error
+    said = {"slot_bytes": [1 << 63], "capabilities": list(CAPABILITIES)}
+    report = pair.prefill.ask(Connect(msgspec.structs.replace(pair.decode.hello, **said)))
+    assert isinstance(report, Connected) and "3 slots of 9223372036854775808 bytes" in report.error
     assert pair.prefill.fatal.empty()
     pair.prefill.connect(pair.decode.hello)
-    assert pair.prefill.ask(chunk()).error == ""  # type: ignore[union-attr]
+    sent = pair.prefill.ask(chunk())
+    assert isinstance(sent, Sent) and not sent.error
 
 
 # ---- over real transports, in two processes ----------------------------------------------------------------------

@@ -91,8 +91,10 @@ def _serve(spec: WorkerSpec, link: RankLink, collective_fd: int, store: str) -> 
         link.send(message)
 
     def fatal(error: BaseException) -> None:
-        link.send(Fatal(str(error)))
-        os._exit(1)
+        try:
+            link.send(Fatal(str(error)))
+        finally:
+            os._exit(1)  # also when rank 0 does not read
 
     failpoints.arm(spec.failpoints, spec.role)
     parts = open_parts(spec, open_collective(spec, collective_fd, store))

@@ -88,9 +88,11 @@ def _run(arguments: RankArguments, outbox: RingWriter, make_role: MakeRole) -> N
     reports = ReportQueue()
 
     def fatal(error: BaseException) -> None:
-        outbox.send(Fatal(str(error)))
         log.error("%s", error)
-        os._exit(1)
+        try:
+            outbox.send(Fatal(str(error)))
+        finally:
+            os._exit(1)  # also when the shell does not read
 
     def send_control(peer: str, done: ChunkDone) -> None:
         failpoints.reached("before-chunk-done")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import subprocess
@@ -68,6 +69,27 @@ def test_what_did_not_fit_when_it_was_reported_arrives(monkeypatch: pytest.Monke
     assert found == reports and not serving.is_alive()
     for each in (leader, link):
         each.close()
+
+
+def test_a_broken_mover_ends_it_also_when_rank_0_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(Exception):
+        pass
+
+    class FullLink:
+        def send(self, message: object) -> None:
+            raise ring.RingFull("many bytes wait")
+
+    def start_mover(on_report: object, on_fatal: Callable[[BaseException], None]) -> None:
+        on_fatal(MemoryError("odd"))
+
+    def exit_now(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setattr(follower, "open_collective", lambda *arguments: None)
+    monkeypatch.setattr(follower, "open_parts", lambda *arguments: SimpleNamespace(start_mover=start_mover))
+    monkeypatch.setattr(os, "_exit", exit_now)
+    with pytest.raises(Ended):
+        follower._serve(SPEC, FullLink(), -1, "")  # type: ignore[arg-type]
 
 
 _CHATTY = """

@@ -34,8 +34,17 @@ PROMPT = 128
 
 def make_role(running: int, *, idle: bool) -> DecodeRole:
     """A role with `running` sequences decoding."""
-    kv = KvSpec(model="", layers=1, kv_heads=1, head_dim=1, dtype="float32", block_size=16, chunk_tokens=256)
-    hello = Hello(worker_id="d", incarnation="d", kv=kv, transport="", endpoint=b"")
+    kv = KvSpec(
+        model="",
+        layers=1,
+        q_heads=1,
+        kv_heads=1,
+        head_dim=1,
+        dtype="float32",
+        block_size=16,
+        chunk_tokens=256,
+    )
+    hello = Hello(worker_id="d", incarnation="d", kv=kv, transport="", endpoints=[])
     ledger = BlockLedger(100_000, 16)
     limits = Limits(max(2048, running), running)
     role = DecodeRole(hello, ledger, SlotLedger(0), limits, max_waiting=10_000)

@@ -57,7 +57,7 @@ class RankParts:
         """Starts the thread that owns the transport."""
         if self.memory is None:
             return None
-        device = self.runner.kv_cache.device
+        device = self.runner.kv_cache.layers[0].device  # with its index, without which it cannot be set
         return Mover(
             self.memory,
             self.runner.kv_cache.layers,

@@ -139,7 +139,9 @@ def _plans(blocks: BlockLedger, limits: Limits) -> list[StepPlan]:
         for start in sorted({0, min(CONTEXT, total * size - tokens) // size * size}):
             if tokens > 1:
                 table = _table(range(-(-(start + tokens) // size)))
-                found.append(StepPlan(0, [Row(start, [0] * tokens, table, None)]))
+                # It draws, or a GPU would still be computing when the step seems over.
+                row = Row(start, [0] * tokens, table, SamplingParams(temperature=0))
+                found.append(StepPlan(0, [row]))
     return sorted(found, key=lambda plan: plan.token_count)
 
 

@@ -57,6 +57,7 @@ def test_synthetic_steps_fit_any_worker(blocks: int, size: int, tokens: int, run
     machine = Machine(ledger)
     calibrate(StepModel(), machine, ledger, Limits(tokens, running), 1e9, machine.clock)
     assert all(0 < plan.token_count <= tokens and len(plan.rows) <= running for plan in machine.plans)
+    assert all(row.sampling is not None for plan in machine.plans for row in plan.rows), "nobody would wait"
     ledger.check(at_rest=True)
     assert ledger.available == ledger.total and not ledger.evictions
 

@@ -311,6 +311,7 @@ def test_replicas_take_turns_from_chunk_to_chunk() -> None:
     assert made.outgoing(0, 1, 16).writes == () and made.outgoing(0, 1, 16).parts == ()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8), block_sizes, block_sizes, st.integers(64, 130),
        st.sampled_from(["int8", "fp8_e4m3"]), st.integers(1, 128))  # fmt: skip
 @example(3, 4, 1, 64, 8, 64, "int8", 64)  # parts of 24, 24 and 16 tokens: 5 groups of 16, not 4

@@ -41,8 +41,9 @@ def test_the_smoke_form_measures_every_part_of_the_engine(tmp_path: Path) -> Non
     report = json.loads(file.read_text(encoding="utf-8"))
     assert [(section["name"], section["error"]) for section in report["sections"]] == [(n, "") for n in names]
     found = {each["key"]: each for section in report["sections"] for each in section["figures"]}
-    wanted = ("decode_1", "decode_256", "host_256", "prefill_48", "handoff", "hidden", "read", "copy", "gemm")
+    wanted = ("decode_1", "decode_256", "host_256", "prefill_48", "handoff", "read", "copy", "gemm")
     assert all(found[key]["value"] > 0 for key in wanted), found
+    assert found["hidden"]["value"] is not None  # below 0 where the prompt is too short to hide anything
     assert found["decode_256"]["of_limit"] > 0 and found["deterministic"]["value"] is None
 
 

@@ -296,6 +296,7 @@ async def hunting(folder: Path, model: Path, seed: int = 0) -> AsyncIterator[Hun
     points.mkdir(parents=True)
     settings = {
         "model.path": model,
+        "model.dtype": "float32",  # in bf16 a near-tie may turn with the batch, which is no fault
         "cluster.launcher": "plain",
         "cluster.calibrate_s": 0,
         "cluster.restart_backoff_s": 0.01,

@@ -149,6 +149,8 @@ class TransferSection(_Section):
     transport: TransportKind = "auto"
     slots: Annotated[int, Field(ge=2)] = 8  # landing slots of a decode worker; a pair needs two to overlap
     chunk_tokens: Positive = 256  # wanted; made to fit slots of at most 16 MiB
+    # KV of so many groups of layers leaves by itself, while the layers behind are computed; auto: by the measured link.
+    layer_groups: Literal["auto"] | Positive = "auto"
     # As KV crosses: exactly, or narrowed by the sender, which loses accuracy (docs/cluster.md).
     wire_dtype: Literal["stored", "int8", "fp8_e4m3"] = "stored"
     # Whether a sender puts pieces together before it sends them: where they would be below 64 KiB, or as told.
@@ -156,6 +158,13 @@ class TransferSection(_Section):
     # GB/s; a pair of workers between which less is measured when they are linked does not hand off; 0: whatever it is.
     min_bandwidth: Annotated[float, Field(ge=0)] = 0.0
     handoff_timeout_s: Seconds = 30.0
+
+    @field_validator("layer_groups", mode="before")
+    @classmethod
+    def _auto_or_a_number(cls, value: object) -> object:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError("must be auto, or a whole number of at least 1")
+        return value
 
 
 class ClusterSection(_Section):
@@ -206,7 +215,13 @@ class Config(_Section):
                 f"kvtransfer.chunk_tokens = {self.kvtransfer.chunk_tokens}: is less than a block of "
                 f"{self.decode.block_size} tokens (decode.block_size); make it a multiple of that"
             )
-        for key, without in (("wire_dtype", "stored"), ("gather", "auto"), ("min_bandwidth", 0.0)):
+        settings = (
+            ("wire_dtype", "stored"),
+            ("gather", "auto"),
+            ("layer_groups", "auto"),
+            ("min_bandwidth", 0.0),
+        )
+        for key, without in settings:
             value = getattr(self.kvtransfer, key)
             if value != without and not self.prefill.replicas:
                 raise ValueError(

@@ -50,6 +50,7 @@ class DecodeRole:
         *,
         max_waiting: int = 512,
         handoff_timeout_s: float = 30.0,
+        layer_groups: int = 0,
     ) -> None:
         self.blocks = blocks
         self.slots = slots
@@ -77,6 +78,7 @@ class DecodeRole:
             on_end=self._handoff_ended,
             on_timed=self._handoff_timed,
             local_s=self._local_s,
+            groups=layer_groups,
         )
 
     # ---- what the step loop asks -------------------------------------------------------------------------------

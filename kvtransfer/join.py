@@ -99,6 +99,7 @@ class Join:
             epoch=first.epoch,
             pieces=[] if error else sent,
             digests=[] if error else digests,
+            write_s=max(report.write_s for report in reports),
         )
 
 

@@ -186,8 +186,8 @@ class LandingZone:
         )
 
     def owners(self) -> Iterator[Owner]:
-        """Hand-offs with the verified ranges that wait for an earlier one, and ranges that are copied. What is in order is the
-        request's, as is the cached prefix."""
+        """Hand-offs with the verified ranges that wait for an earlier one, and ranges that are copied. What is in order
+        is the request's, as is the cached prefix."""
         for handoff in self._handoffs.values():
             yield Owner(
                 name=f"{handoff.peer}/{handoff.handoff_id}",
@@ -197,7 +197,7 @@ class LandingZone:
                 since=handoff.began,
                 deadline=handoff.deadline,
             )
-        # Chunks of one range share its blocks; those of a closed hand-off are held as long as something is copied there.
+        # Chunks of one range share its blocks; those of a closed hand-off are held while something is copied there.
         ranges = {
             id(arriving): (handoff, index, arriving)
             for handoff in self._handoffs.values()

@@ -98,7 +98,7 @@ def chat(address: str, ask: Ask, write: Write) -> str:
     import httpx
 
     body: dict[str, Any] = {
-        "model": ask.model or _only_model(address),
+        "model": ask.model,
         "messages": [{"role": "user", "content": ask.prompt}],
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -113,6 +113,7 @@ def chat(address: str, ask: Ask, write: Write) -> str:
     body = {key: value for key, value in body.items() if value is not None}
     clock, tokens, reason = _Clock(), 0, ""
     try:
+        body["model"] = ask.model or _only_model(address)
         timeout = httpx.Timeout(ask.timeout_s, connect=_CONNECT_S)
         with httpx.stream(
             "POST", f"http://{address}/v1/chat/completions", json=body, timeout=timeout

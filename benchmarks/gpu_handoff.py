@@ -275,7 +275,7 @@ class Handoff:
     def __init__(self, kv: KvSpec, layers: list[torch.Tensor], tokens: int) -> None:
         self._kv = kv
         self._blocks = list(range(tokens // kv.block_size))
-        self._grid = chunks(0, tokens, kv.chunk_tokens, kv.layers)
+        self._grid = chunks(0, tokens, kv.chunk_tokens)
         self._reports: queue.Queue[Any] = queue.Queue()
         self._mover, hello = open_side("prefill", kv, layers, self._reports.put)
         self._other = _start(
@@ -303,7 +303,7 @@ class Handoff:
         slots, waiting, landed, sent = list(range(SLOTS)), deque(enumerate(self._grid)), 0, dict[int, int]()
         deadline = time.monotonic() + WAIT_S
         while landed < len(self._grid):
-            while waiting and slots and sum(waiting[0][1][:2]) <= ready():
+            while waiting and slots and sum(waiting[0][1]) <= ready():
                 index, chunk = waiting.popleft()
                 sent[index] = slots.pop()
                 self._submit(index, chunk, sent[index], number)
@@ -331,14 +331,12 @@ class Handoff:
                 blocks_start=0,
                 first_token=chunk.first_token,
                 tokens=chunk.tokens,
-                layers=(0, self._kv.layers),
-                after=(0, 0),
                 seed=index,
             )
         )
 
     def _copy_out(self, report: Sent, slot: int) -> None:
-        first, tokens, _ = self._grid[report.chunk]
+        first, tokens = self._grid[report.chunk]
         job = CopyOut(
             peer=self._mine,
             handoff_id=report.handoff_id,
@@ -349,7 +347,6 @@ class Handoff:
             blocks_start=0,
             first_token=first,
             tokens=tokens,
-            layers=(0, self._kv.layers),
             seed=report.chunk,
             size_bytes=report.size_bytes,
             digests=report.digests,

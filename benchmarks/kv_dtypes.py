@@ -86,7 +86,7 @@ class Crossing:
         """Copies the KV of so many tokens from home to away, chunk by chunk, as it crosses in `wire`."""
         _, _, _, heads, dim = self.layers[0].shape
         name = self.dtype if wire == "stored" else wire
-        for first, count, _ in chunks(0, tokens, CHUNK_TOKENS, len(self.layers)):
+        for first, count in chunks(0, tokens, CHUNK_TOKENS):
             size = wire_bytes(name, len(self.layers), dim, heads, count)
             piece = Piece(0, 0, heads, 0, count, 0, size, range(heads))
             buffer = np.zeros(size, dtype=np.uint8)

@@ -239,7 +239,7 @@ class Pair:
         """One prompt from random blocks into random blocks, as the roles do it: a chunk for each free slot."""
         rng = random.Random(prompt)
         tables = [rng.sample(range(self.blocks), -(-tokens // 16)) for _ in range(2)]
-        grid = chunks(0, tokens, self.plan.chunk_tokens, self.plan.decode.layers)
+        grid = chunks(0, tokens, self.plan.chunk_tokens)
         seeded = seeds(range(tokens), str(prompt), 0, self.plan.chunk_tokens)
         free, slots = list(range(SLOTS)), {}  # by lease
         sent = copied = 0
@@ -256,8 +256,6 @@ class Pair:
                         blocks_start=0,
                         first_token=grid[sent].first_token,
                         tokens=grid[sent].tokens,
-                        layers=(0, self.plan.decode.layers),
-                        after=(0, 0),
                         seed=seeded[sent],
                     )
                 )
@@ -280,7 +278,6 @@ class Pair:
                         blocks_start=0,
                         first_token=grid[done.chunk].first_token,
                         tokens=grid[done.chunk].tokens,
-                        layers=(0, self.plan.decode.layers),
                         seed=seeded[done.chunk],
                         size_bytes=done.size_bytes,
                         digests=done.digests,
@@ -318,7 +315,7 @@ def planning(made: Plan, tokens: int) -> tuple[float, int]:
     """Seconds that all ranks together spend on the plan of one hand-off, and the descriptors when it is gathered."""
     count = 0
     began = time.perf_counter()
-    for index, (_, length, _) in enumerate(chunks(0, tokens, made.chunk_tokens, made.decode.layers)):
+    for index, (_, length) in enumerate(chunks(0, tokens, made.chunk_tokens)):
         for rank in range(made.prefill.tensor_parallel):
             for write in made.outgoing(rank, index, length).writes:
                 count += len(write.rows + np.array([rank << 24, index << 24, 0], dtype=np.uint64))
@@ -328,7 +325,7 @@ def planning(made: Plan, tokens: int) -> tuple[float, int]:
 
 
 def measure(pair: Pair, sizes: tuple[int, int, int], tokens: int, repeats: int) -> Result:
-    grid = chunks(0, tokens, pair.plan.chunk_tokens, pair.plan.decode.layers)
+    grid = chunks(0, tokens, pair.plan.chunk_tokens)
     size = sum(
         int(pair.plan.pieces(index, chunk.tokens).size_bytes.sum()) for index, chunk in enumerate(grid)
     )
@@ -383,7 +380,7 @@ def plan_times() -> list[str]:
             began = time.perf_counter()
             found = [
                 rows(place, runs(place, blocks, 0, first, length), range(1), 0)
-                for first, length, _ in chunks(0, 8192, 128, 1)
+                for first, length in chunks(0, 8192, 128)
             ]
             times.append(time.perf_counter() - began)
             count = sum(map(len, found))

@@ -62,7 +62,7 @@ class Sample:
         self.dtype = str(shape.dtype).removeprefix("torch.")
         self.token_bytes = layout.token_bytes(self.layers)
         chunk_tokens = chunk_tokens_for(self.token_bytes, [shape.block_size], WANTED_CHUNK_TOKENS)
-        self.chunks = chunks(0, tokens, chunk_tokens, shape.layers)
+        self.chunks = chunks(0, tokens, chunk_tokens)
         self.chunk_bytes = chunk_tokens * self.token_bytes
         self.total_bytes = tokens * self.token_bytes
         self.endpoint = endpoint
@@ -76,7 +76,7 @@ class Sample:
 
     def each_chunk(self, step: Callable[[int, int, int], object]) -> Callable[[], None]:
         def run() -> None:
-            for first, tokens, _ in self.chunks:
+            for first, tokens in self.chunks:
                 step(first, tokens, tokens * self.token_bytes)
 
         return run

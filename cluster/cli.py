@@ -1,4 +1,6 @@
-"""The command line: `baton serve`, `generate`, `status`, `doctor`, `explain`, `replay`, `bench`. Parses, calls, prints.
+"""The command line: `baton serve`, `generate`, `status`, `doctor`, `explain`, `replay`, `bench`, `simulate`, `plan`.
+
+Parses, calls, prints.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
@@ -12,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from bench.command import bench
+from cluster.simulate import plan, simulate
 
 GRPC = "127.0.0.1:8001"
 HTTP = "127.0.0.1:8000"
@@ -219,6 +222,8 @@ def replay(
 
 
 app.command()(bench)
+app.command()(simulate)
+app.command()(plan)
 
 
 def _write(text: str) -> None:

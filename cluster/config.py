@@ -37,12 +37,12 @@ NotNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     # strict: a port given as text or a count given as 2.5 is a mistake to name, not to mend.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """Which model, under which name, and how it is held in memory."""
 
     # A Hugging Face folder (relative to the file, else here, else the checkout), or a name of the hub, such as
@@ -55,7 +55,7 @@ class ModelSection(_Section):
     itl_ms: NotNegative = 0
 
 
-class PoolSection(_Section):
+class PoolSection(Section):
     """One pool of like workers."""
 
     replicas: NotNegative = 1
@@ -94,7 +94,7 @@ class DecodeSection(PoolSection):
     replicas: Positive = 1
 
 
-class RouterSection(_Section):
+class RouterSection(Section):
     """The front doors and the policy behind them."""
 
     replicas: Positive = 1  # side by side, each with doors of its own: router 1 at ports 10 above, and so on
@@ -143,14 +143,12 @@ class RouterSection(_Section):
         return value
 
 
-class TransferSection(_Section):
+class TransferSection(Section):
     """How KV moves between a prefill and a decode worker."""
 
     transport: TransportKind = "auto"
     slots: Annotated[int, Field(ge=2)] = 8  # landing slots of a decode worker; a pair needs two to overlap
     chunk_tokens: Positive = 256  # wanted; made to fit slots of at most 16 MiB
-    # KV of so many groups of layers leaves by itself, while the layers behind are computed; auto: by the measured link.
-    layer_groups: Literal["auto"] | Positive = "auto"
     # As KV crosses: exactly, or narrowed by the sender, which loses accuracy (docs/cluster.md).
     wire_dtype: Literal["stored", "int8", "fp8_e4m3"] = "stored"
     # Whether a sender puts pieces together before it sends them: where they would be below 64 KiB, or as told.
@@ -159,15 +157,8 @@ class TransferSection(_Section):
     min_bandwidth: Annotated[float, Field(ge=0)] = 0.0
     handoff_timeout_s: Seconds = 30.0
 
-    @field_validator("layer_groups", mode="before")
-    @classmethod
-    def _auto_or_a_number(cls, value: object) -> object:
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError("must be auto, or a whole number of at least 1")
-        return value
 
-
-class ClusterSection(_Section):
+class ClusterSection(Section):
     """Where the processes run and how they are watched."""
 
     launcher: Literal["ray", "plain"] = "ray"
@@ -198,7 +189,7 @@ class ClusterSection(_Section):
         return value
 
 
-class Config(_Section):
+class Config(Section):
     """A whole deployment."""
 
     model: ModelSection = ModelSection()
@@ -215,13 +206,7 @@ class Config(_Section):
                 f"kvtransfer.chunk_tokens = {self.kvtransfer.chunk_tokens}: is less than a block of "
                 f"{self.decode.block_size} tokens (decode.block_size); make it a multiple of that"
             )
-        settings = (
-            ("wire_dtype", "stored"),
-            ("gather", "auto"),
-            ("layer_groups", "auto"),
-            ("min_bandwidth", 0.0),
-        )
-        for key, without in settings:
+        for key, without in (("wire_dtype", "stored"), ("gather", "auto"), ("min_bandwidth", 0.0)):
             value = getattr(self.kvtransfer, key)
             if value != without and not self.prefill.replicas:
                 raise ValueError(
@@ -315,9 +300,7 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
 
     The model's path comes back absolute.
     """
-    tree = _read(Path(path)) if path is not None else {}
-    for override in overrides:
-        _apply(tree, override)
+    tree = read_tree(path, overrides)
     if _RAY_JOB in os.environ:
         # A private Ray inside of a Ray job is hardly ever meant; who means it writes `local`.
         section = tree.get("cluster") or {}
@@ -326,11 +309,19 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
     where = str(path) if path is not None else "defaults"
     config = from_tree(tree, where)
     model = config.model
-    folder = _find_model(model.path, Path(path).resolve().parent if path is not None else None)
+    folder = find_model(model.path, Path(path).resolve().parent if path is not None else None)
     if folder is None:
         folder = _fetch(model.path)
         model = model.model_copy(update={"served_name": model.served_name or model.path})
     return config.model_copy(update={"model": model.model_copy(update={"path": str(folder)})})
+
+
+def read_tree(path: str | Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The nested mappings of a file (None: none) with overrides applied, unchecked; raises ConfigError."""
+    tree = _read(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply(tree, override)
+    return tree
 
 
 def from_tree(tree: Mapping[str, Any], where: str) -> Config:
@@ -387,7 +378,7 @@ def _fetch(name: str) -> Path:
         raise ConfigError(f"model.path = {name!r}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
-def _find_model(given: str, beside: Path | None) -> Path | None:
+def find_model(given: str, beside: Path | None) -> Path | None:
     """The model's folder; relative paths are tried beside the file, here, and in the checkout.
 
     None for what is no folder but may be a name of the hub.

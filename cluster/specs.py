@@ -79,11 +79,6 @@ def model_config(config: Config) -> ModelConfig:
                 f"{name}.tensor_parallel = {pool.tensor_parallel}: the model has {model.q_heads} query heads, and each "
                 f"rank needs one at least; use {model.q_heads} or less and raise {name}.replicas instead"
             )
-    groups = config.kvtransfer.layer_groups
-    if groups != "auto" and groups > model.layers:
-        raise ConfigError(
-            f"kvtransfer.layer_groups = {groups}: the model has {model.layers} layers; use that many or less, or auto"
-        )
     if config.model.max_model_len > model.max_positions:
         raise ConfigError(
             f"model.max_model_len = {config.model.max_model_len}: the model was made for {model.max_positions} "
@@ -193,7 +188,6 @@ def _worker_spec(
         wire_dtype="" if config.kvtransfer.wire_dtype == "stored" else config.kvtransfer.wire_dtype,
         gather=config.kvtransfer.gather,
         min_bandwidth=config.kvtransfer.min_bandwidth,
-        layer_groups=0 if config.kvtransfer.layer_groups == "auto" else config.kvtransfer.layer_groups,
         handoff_timeout_s=config.kvtransfer.handoff_timeout_s,
         calibrate_s=config.cluster.calibrate_s,
         profile_dir=config.cluster.profile_dir,

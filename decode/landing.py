@@ -3,10 +3,9 @@
     begin -> credits out -> chunk done -> blocks taken -> copied out and verified -> next credit ... -> complete
       `-> anything wrong, late or lost: the verified chunks stay, the rest is computed here
 
-Credit rule (why this cannot deadlock): blocks are taken when the first chunk of a token range has landed, not before. A
-chunk is credited only while free and evictable blocks cover all that the oldest hand-off still needs, plus one block
-for each running sequence; the last free slot is the oldest hand-off's alone. So the oldest one can always finish. Slots
-are counted in chunks, blocks in token ranges, of which each layer group is a chunk.
+Credit rule (why this cannot deadlock): blocks are taken when a chunk has landed, not before. A chunk is credited only
+while free and evictable blocks cover all that the oldest hand-off still needs, plus one block for each running
+sequence; the last free slot is the oldest hand-off's alone. So the oldest one can always finish.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from decode.handoff import Arriving, Handoff, Landing
+from decode.handoff import Handoff, Landing
 from engine.api import Submit
 from engine.ledger import BlockLedger, SlotLedger
 from engine.sequence import Sequence
 from kvtransfer.chunks import chunks, seeds
-from kvtransfer.groups import layer_groups
-from kvtransfer.handshake import LAYER_GROUPS, Mismatch, agree
+from kvtransfer.handshake import Mismatch, agree
 from kvtransfer.leases import LeaseBook
 from kvtransfer.messages import (
     Abort,
@@ -53,9 +51,7 @@ PROBE_PERIOD_S = 0.25
 MEASURE_S = (
     10.0  # the longest that a new peer, which measures its link to us, gets our transport's full attention
 )
-CREDITS_PER_HANDOFF = (
-    4  # token ranges: enough to hide a round trip behind a write; more would only hold slots
-)
+CREDITS_PER_HANDOFF = 4  # enough to hide a round trip behind a chunk's write; more would only hold slots
 
 OnEnd = Callable[[Sequence, int, int, str, float], None]
 OnTimed = Callable[
@@ -74,7 +70,6 @@ class Peer:
     plan: Plan
     reaches: bool = False  # our transport has connected to it
     linked: bool = False  # its transport has connected to us
-    groups: int = 1  # of layers, as what it last measured tells
 
     @property
     def connected(self) -> bool:
@@ -83,17 +78,6 @@ class Peer:
     @property
     def incarnation(self) -> str:
         return self.hello.incarnation
-
-
-@dataclass(frozen=True, slots=True)
-class _Untimed:
-    """A complete hand-off whose Done has yet to come."""
-
-    peer: str
-    worker_id: str
-    size_bytes: int
-    total_s: float
-    tokens: int  # of the prompt, up to the end of the hand-off
 
 
 class LandingZone:
@@ -112,10 +96,8 @@ class LandingZone:
         on_end: OnEnd,
         on_timed: OnTimed = lambda *_: None,
         local_s: Callable[[int, int], float] = lambda *_: math.inf,
-        groups: int = 0,
     ) -> None:
-        """`local_s(uncached, cached)`: how long it would take to prefill that here. `groups` of layers of each token
-        range, as far as peer and model have so many; 0: as many as the measured link tells."""
+        """`local_s(uncached, cached)`: how long it would take to prefill that here."""
         if slots.total and hello.kv.chunk_tokens < blocks.block_size:
             raise ValueError(
                 f"landing slots hold chunks of {hello.kv.chunk_tokens} tokens, less than a block of "
@@ -131,8 +113,7 @@ class LandingZone:
         self._on_end = on_end
         self._on_timed = on_timed
         self._local_s = local_s
-        self._layer_groups = groups
-        self._untimed: OrderedDict[int, _Untimed] = OrderedDict()  # by hand-off id
+        self._untimed: OrderedDict[int, tuple[str, str, int, float]] = OrderedDict()  # by hand-off id
         self._slips: list[tuple[float, int]] = []  # heap: when to look again, hand-off id
         self._peers: dict[str, Peer] = {}  # by incarnation
         self._by_worker: dict[str, Peer] = {}  # the latest incarnation of each worker
@@ -140,7 +121,7 @@ class LandingZone:
         self._lost: dict[str, None] = {}
         self._handoffs: dict[int, Handoff] = {}  # oldest first
         self._of_sequence: dict[int, Handoff] = {}  # id(sequence) -> hand-off
-        self._copying: dict[int, tuple[Handoff, int, Arriving]] = {}  # lease id -> hand-off, chunk, its range
+        self._copying: dict[int, tuple[Handoff, int, list[int]]] = {}  # lease id -> hand-off, chunk, blocks
         self._next_id = 1
         self._next_probe = 0.0
         self._measured_until = 0.0  # until then peers that are not linked yet may be measuring
@@ -179,38 +160,27 @@ class LandingZone:
         if oldest is None or self._copying:
             return False
         waits_for_blocks = oldest.outstanding == 0 or any(
-            not landing.copying for landing in oldest.landing.values()
+            not landing.blocks for landing in oldest.landing.values()
         )
         return others_wait or (
             waits_for_blocks and self.blocks.available < oldest.remaining_blocks(self.blocks)
         )
 
     def owners(self) -> Iterator[Owner]:
-        """Hand-offs with the verified ranges that wait for an earlier one, and ranges that are copied. What is in order
-        is the request's, as is the cached prefix."""
+        """Hand-offs with the verified chunks that wait for an earlier one, and copies. What is in order is the
+        request's, as is the cached prefix."""
         for handoff in self._handoffs.values():
             yield Owner(
                 name=f"{handoff.peer}/{handoff.handoff_id}",
                 kind="hand-off",
-                state=f"{handoff.copied} of {len(handoff.chunks)} chunks",
+                state=f"{handoff.verified} of {len(handoff.chunks)} chunks",
                 blocks=[block for blocks in handoff.ready.values() for block in blocks],
                 since=handoff.began,
                 deadline=handoff.deadline,
             )
-        # Chunks of one range share its blocks; those of a closed hand-off are held while something is copied there.
-        ranges = {
-            id(arriving): (handoff, index, arriving)
-            for handoff in self._handoffs.values()
-            for index, arriving in handoff.arriving.items()
-        }
-        for handoff, chunk, arriving in self._copying.values():
-            ranges[id(arriving)] = (handoff, handoff.range_of(chunk), arriving)
-        for handoff, index, arriving in ranges.values():
-            name, first = f"{handoff.peer}/{handoff.handoff_id}", index * handoff.groups
-            what = (
-                f"chunk {first}" if handoff.groups == 1 else f"chunks {first} to {first + handoff.groups - 1}"
-            )
-            yield Owner(name, "chunk", what, arriving.blocks, handoff.began, landing=True)
+        for handoff, chunk, blocks in self._copying.values():
+            name = f"{handoff.peer}/{handoff.handoff_id}"
+            yield Owner(name, "chunk", f"chunk {chunk}", blocks, handoff.began, landing=True)
 
     # ---- peers -------------------------------------------------------------------------------------------------
 
@@ -257,15 +227,14 @@ class LandingZone:
             return "every landing slot is quarantined"
         wanted = sequence.wanted
         sequence.take_prefix(self.blocks, cached)
-        chunk_tokens, groups = peer.plan.chunk_tokens, self._groups(peer)
+        chunk_tokens = peer.plan.chunk_tokens
         handoff = Handoff(
             handoff_id=self._next_id,
             peer=peer.incarnation,
             epoch=peer.hello.epoch,
             sequence=sequence,
             plan=peer.plan,
-            chunks=chunks(cached, wanted, chunk_tokens, self.hello.kv.layers, groups),
-            groups=groups,
+            chunks=chunks(cached, wanted, chunk_tokens),
             seeds=seeds(sequence.tokens[:wanted], submit.salt, cached, chunk_tokens),
             began=now,
             deadline=now + self.timeout_s,
@@ -284,16 +253,9 @@ class LandingZone:
             deadline_s=self.timeout_s,
             salt=submit.salt,
             priority=submit.priority,
-            layer_groups=groups if groups > 1 else 0,
         )
         self._say(handoff, message)
         return ""
-
-    def _groups(self, peer: Peer) -> int:
-        """Into how many groups of layers a hand-off from this peer is cut."""
-        if LAYER_GROUPS not in peer.hello.capabilities:
-            return 1
-        return min(self._layer_groups, self.hello.kv.layers) if self._layer_groups else peer.groups
 
     def cancel(self, sequence: Sequence, reason: str) -> None:
         """The request is over: its hand-off is aborted. The caller drops the sequence's blocks."""
@@ -317,21 +279,17 @@ class LandingZone:
             self._say(handoff, Abort(handoff.handoff_id, reason))
         self.leases.abandon(handoff.handoff_id, expired=expired)
         for chunk, landing in list(handoff.landing.items()):
-            if not landing.copying:  # landed, still in its slot: settled, so the slot is free at once
+            if landing.blocks is None:  # landed, still in its slot: settled, so the slot is free at once
                 self.leases.copied_out(landing.done.lease_id, used=False)
                 del handoff.landing[chunk]
         for blocks in handoff.ready.values():
             self.blocks.release(blocks)
         handoff.ready.clear()
-        for arriving in handoff.arriving.values():
-            if not arriving.copying:  # else when the last copy into them has ended
-                self.blocks.refuse_landing(arriving.blocks)
-        handoff.arriving.clear()
 
     def _end(self, handoff: Handoff, failure: str, now: float) -> None:
         if failure:
             self._counters["handoffs_failed"] += 1
-        remote = handoff.verified_tokens
+        remote = sum(chunk.tokens for chunk in handoff.chunks[: handoff.verified])
         self._on_end(handoff.sequence, remote, handoff.size_bytes if remote else 0, failure, now)
 
     # ---- events ------------------------------------------------------------------------------------------------
@@ -357,7 +315,9 @@ class LandingZone:
             self._chunk_done(handoff, message, now)
         elif isinstance(message, Failed):
             self._fail(handoff, message.reason, now)
-        elif isinstance(message, Done) and handoff.copied + len(handoff.landing) < len(handoff.chunks):
+        elif isinstance(message, Done) and handoff.verified + len(handoff.landing) + len(handoff.ready) < len(
+            handoff.chunks
+        ):
             # The stream is ordered: what was not announced before Done never will be.
             self._fail(handoff, "a chunk was never announced", now)
 
@@ -366,27 +326,9 @@ class LandingZone:
         if handoff is not None:
             handoff.done = done
             return
-        record = self._untimed.pop(done.handoff_id, None)
-        if record is not None and record.peer == incarnation:
-            self._on_timed(
-                record.worker_id, record.size_bytes, record.total_s - done.queue_s - done.compute_s
-            )
-            self._measured(incarnation, done, record.tokens)
-
-    def _measured(self, incarnation: str, done: Done, tokens: int) -> None:
-        """Chooses the layer groups of the peer's next hand-offs, after one of a prompt of `tokens`."""
-        peer, computed = self._peers.get(incarnation), tokens - done.cached_tokens
-        if peer is None or computed <= 0:
-            return
-        sizes = peer.plan.pieces(0, peer.plan.chunk_tokens).size_bytes
-        peer.groups = layer_groups(
-            self.hello.kv.layers,
-            range_bytes=int(sizes.sum()),
-            piece_bytes=int(sizes.min()),
-            compute_s=done.compute_s * peer.plan.chunk_tokens / computed,
-            bytes_per_s=done.link_bytes_per_s,
-            latency_s=done.link_latency_s,
-        )
+        peer, worker_id, size_bytes, total_s = self._untimed.pop(done.handoff_id, ("", "", 0, 0.0))
+        if peer == incarnation:
+            self._on_timed(worker_id, size_bytes, total_s - done.queue_s - done.compute_s)
 
     def _finished(self, handoff: Handoff, now: float) -> None:
         """All of it came: what it took is learned from, now or when Done comes."""
@@ -394,10 +336,8 @@ class LandingZone:
         if peer is None:
             return
         total_s = now - handoff.began
-        last = handoff.chunks[-1]
-        self._untimed[handoff.handoff_id] = _Untimed(
-            handoff.peer, peer.hello.worker_id, handoff.size_bytes, total_s, last.first_token + last.tokens
-        )
+        record = (handoff.peer, peer.hello.worker_id, handoff.size_bytes, total_s)
+        self._untimed[handoff.handoff_id] = record
         if len(self._untimed) > UNTIMED:
             self._untimed.popitem(last=False)
         if handoff.done is not None:
@@ -409,7 +349,7 @@ class LandingZone:
         while self._slips and self._slips[0][0] <= now:
             _, handoff_id = heapq.heappop(self._slips)
             handoff = self._handoffs.get(handoff_id)
-            if handoff is None or handoff.copied or handoff.landing:
+            if handoff is None or handoff.verified or handoff.landing or handoff.ready:
                 continue
             waited_s = now - handoff.began
             cached = handoff.sequence.computed
@@ -450,8 +390,7 @@ class LandingZone:
             self._actions.append(PeerRefused(report.peer, report.error))
 
     def _copied(self, report: Copied, now: float) -> None:
-        handoff, chunk, arriving = self._copying.pop(report.lease_id)
-        arriving.copying -= 1
+        handoff, chunk, blocks = self._copying.pop(report.lease_id)
         open_still = handoff.handoff_id in self._handoffs
         self.leases.copied_out(report.lease_id, used=report.verified and open_still)
         if open_still and report.verified:
@@ -463,12 +402,10 @@ class LandingZone:
                 self._finished(handoff, now)
                 self._end(handoff, "", now)
             return
+        self.blocks.refuse_landing(blocks)
         if not report.verified:
             self._counters["digest_refused"] += 1
-        if not open_still:
-            if not arriving.copying:
-                self.blocks.refuse_landing(arriving.blocks)
-        else:
+        if open_still:
             del handoff.landing[chunk]
             self._fail(handoff, f"chunk {chunk} failed its digest", now)
 
@@ -499,37 +436,22 @@ class LandingZone:
         oldest = self._oldest()
         assert oldest is not None
         for handoff in self._handoffs.values():
-            short = False
             for chunk, landing in sorted(handoff.landing.items()):
-                if landing.copying:
+                if landing.blocks is not None:
                     continue
-                arriving = handoff.arriving.get(handoff.range_of(chunk))
-                if arriving is None and not short:
-                    arriving = self._take_range(handoff, chunk, oldest)
-                    short = (
-                        arriving is None
-                    )  # what has its blocks goes on; later ranges take none before earlier ones
-                if arriving is not None:
-                    self._copy_out(handoff, chunk, landing, arriving)
+                needed = handoff.chunk_blocks(self.blocks, chunk)
+                kept = 0 if handoff is oldest else oldest.remaining_blocks(self.blocks)
+                if needed + kept > self.blocks.available:
+                    break
+                landing.blocks = self.blocks.take_landing(needed)
+                assert landing.blocks is not None
+                self._copy_out(handoff, chunk, landing)
 
-    def _take_range(self, handoff: Handoff, chunk: int, oldest: Handoff) -> Arriving | None:
-        """Blocks for the chunk's token range, unless there are too few."""
-        index = handoff.range_of(chunk)
-        needed = handoff.range_blocks(self.blocks, index)
-        kept = 0 if handoff is oldest else oldest.remaining_blocks(self.blocks)
-        if needed + kept > self.blocks.available:
-            return None
-        blocks = self.blocks.take_landing(needed)
-        assert blocks is not None
-        arriving = handoff.arriving[index] = Arriving(blocks)
-        return arriving
-
-    def _copy_out(self, handoff: Handoff, chunk: int, landing: Landing, arriving: Arriving) -> None:
+    def _copy_out(self, handoff: Handoff, chunk: int, landing: Landing) -> None:
+        assert landing.blocks is not None
         covered = handoff.chunks[chunk]
         done = landing.done
-        landing.copying = True
-        arriving.copying += 1
-        self._copying[done.lease_id] = (handoff, chunk, arriving)
+        self._copying[done.lease_id] = (handoff, chunk, landing.blocks)
         self._actions.append(
             CopyOut(
                 peer=handoff.peer,
@@ -537,12 +459,11 @@ class LandingZone:
                 lease_id=done.lease_id,
                 chunk=chunk,
                 slot=landing.slot,
-                blocks=arriving.blocks,
+                blocks=landing.blocks,
                 blocks_start=covered.first_token,
                 first_token=covered.first_token,
                 tokens=covered.tokens,
-                layers=(covered.layers.start, covered.layers.stop),
-                seed=handoff.seeds[handoff.range_of(chunk)],
+                seed=handoff.seeds[chunk],
                 size_bytes=done.size_bytes,
                 digests=done.digests,
             )
@@ -552,15 +473,13 @@ class LandingZone:
         oldest = self._oldest()
         assert oldest is not None
         needs = oldest.remaining_blocks(self.blocks) + running
-        promised = 0  # blocks of younger hand-offs' ranges that were credited and are not taken yet
+        promised = 0  # blocks of younger hand-offs' chunks that were credited and are not being copied yet
         for handoff in self._handoffs.values():
             leases = []
             if handoff is not oldest:
-                promised += handoff.promised_blocks(self.blocks)
-            most = CREDITS_PER_HANDOFF * handoff.groups
-            while handoff.credited < len(handoff.chunks) and handoff.outstanding < most:
-                index, begun = divmod(handoff.credited, handoff.groups)
-                needed = 0 if begun else handoff.range_blocks(self.blocks, index)
+                promised += self._promised(handoff)
+            while handoff.credited < len(handoff.chunks) and handoff.outstanding < CREDITS_PER_HANDOFF:
+                needed = handoff.chunk_blocks(self.blocks, handoff.credited)
                 extra = 0 if handoff is oldest else promised + needed
                 if needs + extra > self.blocks.available or self._slots.free <= (handoff is not oldest):
                     break
@@ -576,6 +495,12 @@ class LandingZone:
                 self._say(handoff, Credit(handoff.handoff_id, leases))
             if not self._slots.free:
                 break
+
+    def _promised(self, handoff: Handoff) -> int:
+        """Blocks that the hand-off's credited chunks will take and have not taken yet."""
+        taken = {chunk for chunk, landing in handoff.landing.items() if landing.blocks is not None}
+        pending = set(range(handoff.verified, handoff.credited)) - taken - handoff.ready.keys()
+        return sum(handoff.chunk_blocks(self.blocks, chunk) for chunk in pending)
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 

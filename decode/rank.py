@@ -19,7 +19,6 @@ def make_role(spec: WorkerSpec, hello: Hello, blocks: BlockLedger, limits: Limit
         limits,
         max_waiting=spec.max_waiting,
         handoff_timeout_s=spec.handoff_timeout_s,
-        layer_groups=spec.layer_groups,
     )
 
 

@@ -50,7 +50,7 @@ class DecodeRole:
         *,
         max_waiting: int = 512,
         handoff_timeout_s: float = 30.0,
-        layer_groups: int = 0,
+        landing: type[LandingZone] = LandingZone,
     ) -> None:
         self.blocks = blocks
         self.slots = slots
@@ -68,7 +68,7 @@ class DecodeRole:
         self._planned_at = 0.0
         self._wire_dtype = hello.kv.wire_dtype
         self._sequences = 0  # of all requests: choices, or the trunks that they will fork from
-        self.landing = LandingZone(
+        self.landing = landing(
             hello,
             blocks,
             slots,
@@ -78,7 +78,6 @@ class DecodeRole:
             on_end=self._handoff_ended,
             on_timed=self._handoff_timed,
             local_s=self._local_s,
-            groups=layer_groups,
         )
 
     # ---- what the step loop asks -------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from engine.api import SamplingParams
 from engine.attention import Rows
 from engine.collective import Collective
 from engine.gpu_plan import GpuPlan, GpuPlanner
-from engine.gpu_progress import GpuProgress
 from engine.kernels import sampling
 from engine.kernels.activation import silu_mul
 from engine.kernels.decode_attention import decode_attention
@@ -39,8 +38,6 @@ class GpuDecoder(Decoder):
         self, config: ModelConfig, weights: Weights, cache: KVCache, collective: Collective | None = None
     ) -> None:
         super().__init__(config, weights, cache, collective)
-        if weights.device.type == "cuda":  # else the interpreter, which has computed when a call returns
-            self.progress = GpuProgress()
         self._planner = GpuPlanner(cache, weights.q_heads, config.windows)
         longest = min(config.max_positions, cache.num_blocks * cache.block_size)
         self._angles = angle_table(self._rotary, longest, weights.dtype, weights.device)
@@ -83,9 +80,7 @@ class GpuDecoder(Decoder):
         fused = layer.qkv(normed).view(len(normed), heads, self.config.head_dim)
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         cache, eps = self._cache.layers[index], self.config.rms_eps
-        q = rotate_and_write(fused, plan.positions, plan.slots, self._angles, cache, norms, eps)
-        self.progress.wrote(index)
-        return q
+        return rotate_and_write(fused, plan.positions, plan.slots, self._angles, cache, norms, eps)
 
     def _attention_of(self, index: int, q: torch.Tensor, plan: GpuPlan) -> torch.Tensor:
         """[tokens, q_heads * dim]."""

@@ -16,7 +16,6 @@ from engine.attention import AttentionPlan, PagedAttention
 from engine.collective import Collective
 from engine.kv_cache import KVCache
 from engine.model_config import ModelConfig
-from engine.progress import Progress
 from engine.rotary import Rotary, rotate
 from engine.weights import LayerWeights, Weights
 
@@ -42,7 +41,6 @@ class Decoder:
         self._weights = weights
         self._cache = cache
         self._collective = collective
-        self.progress = Progress()
         self._attention = PagedAttention()
         self._rotary = Rotary(config.rope, config.head_dim, weights.device)
         self._windows = config.windows
@@ -122,7 +120,6 @@ class Decoder:
         rotated = rotate(turned, cos, sin)
         q, k, v = rotated[:, :q_heads], rotated[:, q_heads:], qkv[:, q_heads + kv_heads :]
         self._cache.write(index, plan.slots, k, v)
-        self.progress.wrote(index)
         if keys_only:
             return None
         reads = plan.reads[self._windows[index]]

@@ -29,8 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Runner:
-    """One rank's model, parameters and KV memory; `shard` says which part of the replica it is, `progress` how far its
-    step has come."""
+    """One rank's model, parameters and KV memory; `shard` says which part of the replica it is."""
 
     def __init__(
         self,
@@ -53,7 +52,6 @@ class Runner:
             self._gpu = GpuDecoder(config, weights, kv_cache, collective)
             self._sample = GpuSampler(self._device)
         self._decoder = self._gpu or Decoder(config, weights, kv_cache, collective)
-        self.progress = self._decoder.progress
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -62,7 +60,6 @@ class Runner:
         Ranks but the first give an empty result. Of `sampling`, `targets` and `top` they need to know whether there is
         one, how many and nothing; of `history` and `prompt_length` nothing. CollectiveError when a rank fails.
         """
-        self.progress.begin(plan.step)
         result = StepResult([-1] * len(plan.rows))
         if plan.copies:
             self.kv_cache.copy_blocks(plan.copies)

@@ -210,6 +210,18 @@ class Scheduler:
         self._copied = []
         return progress
 
+    def decode_ahead(self, steps: int, token: int) -> None:
+        """What `steps` times `schedule` and `commit` would do while every running sequence decodes, none ends, nothing
+        can be admitted and the blocks suffice, with `token` drawn each time. For simulations: one pass for all steps.
+        """
+        assert not self._planned
+        for sequence in self._running:
+            if not _decodes(sequence) or not self._grow(sequence, steps):
+                raise ValueError(f"{sequence.request} cannot decode {steps} steps ahead")
+            sequence.tokens.extend([token] * steps)
+            sequence.advance(self.ledger, steps)
+        self._step += steps
+
     def give_way(self) -> Sequence | None:
         """For callers that found that nothing could run: the youngest sequence that holds blocks loses them."""
         youngest = self.youngest()

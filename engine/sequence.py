@@ -132,8 +132,9 @@ class Sequence:
         full = self.computed // ledger.block_size
         if full > self.published:
             prefix.extend(self.hashes, self.tokens, ledger.block_size, self.salt, self.computed)
-            for index in range(self.published, full):
-                ledger.publish(int(self.block_table.ids[index]), self.hashes[index])
+            new = slice(self.published, full)
+            for block, name in zip(self.block_table.ids[new].tolist(), self.hashes[new], strict=True):
+                ledger.publish(block, name)
             self.published = full
 
     def drop_blocks(self, ledger: BlockLedger) -> None:

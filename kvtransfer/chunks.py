@@ -1,13 +1,10 @@
 """How a hand-off is cut: the chunk grid, and what the digests of each chunk are seeded with.
 
 Pure, without torch and numpy. Both workers derive the same grid and the same seeds from the same `Begin`, so neither
-is ever sent. Token ranges begin at the hand-off's own start, only the last may be shorter; each is cut into as many
-groups of layers as `Begin` says, so that KV leaves while the layers behind are still being computed.
+is ever sent. The grid begins at the hand-off's own start; only the last chunk may be shorter.
 
     start        start+chunk_tokens                          end
-      |-- range 0 --|-- range 1 --|-- ... --|-- last (shorter) --|
-      |   chunk 0   |   chunk 2   |         |                    |  layers 0 .. half
-      |   chunk 1   |   chunk 3   |         |                    |  layers half .. all
+      |-- chunk 0 --|-- chunk 1 --|-- ... --|-- last (shorter) --|
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import math
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import xxhash
@@ -27,11 +23,10 @@ SLOT_LIMIT_BYTES = 16 << 20
 
 
 class Chunk(NamedTuple):
-    """The layers `layers` of the tokens first_token .. first_token+tokens-1 of a prompt."""
+    """The tokens first_token .. first_token+tokens-1 of a prompt."""
 
     first_token: int
     tokens: int
-    layers: range
 
 
 def chunk_tokens_for(
@@ -59,38 +54,30 @@ def chunk_tokens_for(
     return most
 
 
-def chunks(start: int, end: int, chunk_tokens: int, layers: int, groups: int = 1) -> list[Chunk]:
-    """The grid over positions start .. end-1: range after range, the `groups` of each in the order of their layers, so
-    chunk i is of range i // groups. Empty if start == end. Groups differ by one layer at most.
+def chunks(start: int, end: int, chunk_tokens: int) -> list[Chunk]:
+    """The grid over positions start .. end-1, in order; empty if start == end.
 
-    Raises ValueError when 0 <= start <= end, chunk_tokens > 0 and 1 <= groups <= layers do not hold.
+    Raises ValueError when 0 <= start <= end and chunk_tokens > 0 do not hold.
     """
     if not 0 <= start <= end or chunk_tokens <= 0:
         raise ValueError(f"no chunk grid over {start}..{end} in steps of {chunk_tokens}")
-    if not 1 <= groups <= layers:
-        raise ValueError(f"no chunk grid of {groups} groups of {layers} layers")
-    cuts = [group * layers // groups for group in range(groups + 1)]
-    return [
-        Chunk(first, min(chunk_tokens, end - first), range(begin, stop))
-        for first in range(start, end, chunk_tokens)
-        for begin, stop in pairwise(cuts)
-    ]
+    return [Chunk(first, min(chunk_tokens, end - first)) for first in range(start, end, chunk_tokens)]
 
 
 def seeds(tokens: Sequence[int], salt: str, start: int, chunk_tokens: int) -> list[int]:
-    """The seed of every token range of `chunks(start, len(tokens), chunk_tokens, ...)`; one pass, O(prompt).
+    """The seed of every chunk of `chunks(start, len(tokens), chunk_tokens)`, in order; one pass, O(prompt).
 
-    KV at a position depends on all tokens before it. So a range's seed commits to the salt and to all token ids from 0
-    to the range's end, besides the range's own tokens. A piece of a chunk adds its layers and heads
+    KV at a position depends on all tokens before it. So chunk i's seed commits to the salt and to all token ids from 0
+    to the chunk's end, besides the chunk's own tokens. A piece of the chunk adds its layers and heads
     (`digest.piece_seed`): bytes of another prompt, another place or other heads never pass for a piece's, even where
     they are unharmed. `tokens` are ids of 32 bits.
     """
-    grid = chunks(start, len(tokens), chunk_tokens, 1)
+    grid = chunks(start, len(tokens), chunk_tokens)
     salt_bytes = salt.encode()
     chain = xxhash.xxh3_128(len(salt_bytes).to_bytes(8, "little") + salt_bytes)
     hashed = 0
     result = []
-    for first, count, _ in grid:
+    for first, count in grid:
         chain.update(_ids_as_bytes(tokens[hashed : first + count]))
         hashed = first + count
         result.append(chunk_seed(chain.digest(), first, count))

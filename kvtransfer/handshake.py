@@ -19,19 +19,11 @@ from kvtransfer.plan import Plan, PlanError, plan
 DIGEST = "digest:xxh3-128"
 LAYOUT = "layout:head-major"
 WIRE_FORMS = {"": "wire:stored", "int8": "wire:int8", "fp8_e4m3": "wire:fp8_e4m3"}
-# It sends chunks of some layers only, when asked to by `Begin`; without it a hand-off has chunks of all layers.
-LAYER_GROUPS = "chunks:layer-groups"
 
 # Behind its slots a decode worker has 4 MiB into which its peers may write to measure (`kvtransfer.preflight`).
 PREFLIGHT = "preflight:4mib"
 
-CAPABILITIES = (
-    DIGEST,
-    LAYOUT,
-    LAYER_GROUPS,
-    *WIRE_FORMS.values(),
-    PREFLIGHT,
-)  # of this release; said in every hello
+CAPABILITIES = (DIGEST, LAYOUT, *WIRE_FORMS.values(), PREFLIGHT)  # of this release; said in every hello
 
 Side = Literal["prefill", "decode"]
 

@@ -99,7 +99,6 @@ class Join:
             epoch=first.epoch,
             pieces=[] if error else sent,
             digests=[] if error else digests,
-            write_s=max(report.write_s for report in reports),
         )
 
 

@@ -60,8 +60,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Lease(msgspec.Struct, frozen=True, array_like=True):
-    """The right to write chunk `chunk` (its index in the grid) of one hand-off into slot `slot`, for `deadline_s` from
-    receipt."""
+    """The right to write chunk `chunk` of one hand-off into slot `slot`, for `deadline_s` from receipt."""
 
     lease_id: int
     epoch: int
@@ -82,7 +81,6 @@ class Begin(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     deadline_s: float
     salt: str = ""
     priority: int = 0  # less is more urgent
-    layer_groups: int = 0  # into which each token range is cut, see `kvtransfer.chunks`; 0 is 1
 
 
 class Credit(msgspec.Struct, frozen=True, tag=True):
@@ -109,9 +107,6 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     cached_tokens: int
     queue_s: float
     compute_s: float
-    # What the prefill worker measures when it writes to this peer; 0: not known.
-    link_bytes_per_s: float = 0.0
-    link_latency_s: float = 0.0
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -150,10 +145,8 @@ class Disconnect(msgspec.Struct, frozen=True, tag=True):
 class SendChunk(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Write the rank's pieces of tokens first_token .. first_token+tokens-1 into the slots of the peer's ranks.
 
-    `layers`: the first, and past the last. `after`: (step, layers), so many layers of that step must have been computed
-    before any byte is read; the step may not have begun yet. `blocks`: the sequence's block ids from the block that
-    holds position `blocks_start` on. `seed` commits to the prefix; each piece's digest is seeded with it and with what
-    the piece is. Gives `Sent` when all has settled.
+    `blocks`: the sequence's block ids from the block that holds position `blocks_start` on. `seed` commits to the
+    prefix; each piece's digest is seeded with it and with what the piece is. Gives `Sent` when all has settled.
     """
 
     peer: str
@@ -163,8 +156,6 @@ class SendChunk(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     blocks_start: int
     first_token: int
     tokens: int
-    layers: tuple[int, int]
-    after: tuple[int, int]
     seed: int
 
 
@@ -181,7 +172,6 @@ class CopyOut(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     blocks_start: int
     first_token: int
     tokens: int
-    layers: tuple[int, int]  # the first, and past the last
     seed: int
     size_bytes: int
     digests: list[bytes]
@@ -231,9 +221,6 @@ class Sent(msgspec.Struct, frozen=True, tag=True):
     epoch: int = 0  # of the lease
     pieces: list[int] = []  # those of this rank, as indices into the plan's order
     digests: list[bytes] = []  # of each of `pieces`; after joining, of all pieces in order
-    write_s: float = (
-        0.0  # until all was written, from when all written before to that peer was; of the slowest rank
-    )
 
 
 class Copied(msgspec.Struct, frozen=True, tag=True):

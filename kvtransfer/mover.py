@@ -7,10 +7,9 @@
 The step loop's thread never waits for it. Every job gets exactly one report (`Disconnect` none), whatever goes wrong in
 it. It decides nothing: deadlines, retries and who may write where are the roles' business.
 
-A SendChunk may come before the step that computes its KV: it waits until `progress` says that its layers are there,
-and lets others pass. It needs a staging buffer from gathering until all its writes have settled, and waits for one in
-its peer's own line. The last free buffer goes only to a peer that holds none, so that one peer which hangs does not
-hold up the others. What is sent straight from the pool takes its turn the same way and leaves the buffer empty.
+A SendChunk needs a staging buffer from gathering until all its writes have settled, and waits for one in its peer's own
+line. The last free buffer goes only to a peer that holds none, so that one peer which hangs does not hold up the
+others. What is sent straight from the pool takes its turn the same way and leaves the buffer empty.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +24,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from engine.progress import Progress
 from kvtransfer import failpoints, layout
 from kvtransfer.linking import Linking
 from kvtransfer.memory import Side, TransferMemory
@@ -65,7 +62,6 @@ class _Sending:
     pieces: list[int]
     digests: list[bytes]
     size_bytes: int
-    posted: float  # by the monotonic clock
     open: set[int] = field(default_factory=set)  # tickets
     error: str = ""
 
@@ -85,15 +81,13 @@ class Mover:
         on_fatal: Callable[[BaseException], None],
         set_device: Callable[[], None] | None = None,
         gather: str = "auto",
-        progress: Progress | None = None,
     ) -> None:
         """Takes over `memory` and its endpoint, and starts.
 
         `layers`: this rank's KV pool, see `kvtransfer.layout`. `kv`: of the whole worker. The callbacks run in the
         mover's thread and must not block: `on_report` for each report; `on_fatal` when the thread ends because the
         transport or a callback broke. `set_device` runs there first. `gather`: "never" sends straight from the pool,
-        "auto" does where its pieces are large enough, "always" never does. `progress`: of the rank's steps, which a
-        sender needs. Raises ValueError when the pool is not what
+        "auto" does where its pieces are large enough, "always" never does. Raises ValueError when the pool is not what
         `kv` says or does not lie where `gather` needs it.
         """
         self._layers = list(layers)
@@ -107,7 +101,6 @@ class Mover:
         self._on_report = on_report
         self._on_fatal = on_fatal
         self._set_device = set_device
-        self._progress = progress or Progress()
         self._jobs: queue.SimpleQueue[MoverJob | None] = queue.SimpleQueue()  # None: look around
         self._stopping = False
         self._ended = False
@@ -119,8 +112,6 @@ class Mover:
         self._free = list(range(memory.buffers))
         self._held: Counter[str] = Counter()
         self._in_flight: dict[int, _Sending] = {}  # by ticket
-        self._settled_at: dict[str, float] = {}  # by peer: when a write to it settled last
-        self._progress.on_wake(lambda: self._jobs.put(None))
         self._thread = threading.Thread(target=self._run, name="mover", daemon=True)
         self._thread.start()
 
@@ -179,14 +170,9 @@ class Mover:
             self._on_fatal(fatal)
 
     def _wait_s(self) -> float:
-        if self._next_ready() is not None:
+        if self._next_peer() is not None:
             return 0.0
-        busy = self._in_flight or self._expecting or self._linking.busy
-        waiting = [job.after for line in self._lines.values() for job in line]
-        if waiting and not self._progress.reached(soonest := min(waiting)):
-            busy = busy or self._progress.polled
-            self._progress.wake_at(soonest)
-        return BUSY_POLL_S if busy else IDLE_POLL_S
+        return BUSY_POLL_S if self._in_flight or self._expecting or self._linking.busy else IDLE_POLL_S
 
     def _take_jobs(self, wait_s: float) -> None:
         try:
@@ -210,7 +196,6 @@ class Mover:
                 self._refuse(waiting, f"{job.peer} was disconnected")
             self._linking.forget(job.peer, "it was disconnected")
             self._peers.disconnect(job.peer)
-            self._settled_at.pop(job.peer, None)
         elif isinstance(job, Probe):
             self._on_report(Probed(job.peer, self._peers.gone(job.peer)))
 
@@ -243,33 +228,26 @@ class Mover:
         peer = self._peers.get(job.peer)
         if peer is not None and self._sending is not None:
             try:
-                has_part = bool(_outgoing(peer, self._rank, job).writes)
+                has_part = bool(peer.plan.outgoing(self._rank, job.lease.chunk, job.tokens).writes)
             except ValueError as error:
                 return self._on_report(_sent(job, str(error)))
             if not has_part:
                 return self._on_report(_sent(job))
         self._lines.setdefault(job.peer, deque()).append(job)
 
-    def _next_ready(self) -> tuple[str, int] | None:
-        """The first peer in turn which may take a staging buffer and has a computed chunk; its place in line."""
+    def _next_peer(self) -> str | None:
+        """The first peer in turn which has a chunk waiting and may take a staging buffer."""
         if not self._free and self._memory.buffers:
             return None
         last = len(self._free) <= 1
-        for peer, line in self._lines.items():
-            if not last or not self._held[peer]:
-                for place, job in enumerate(line):
-                    if self._progress.reached(job.after):
-                        return peer, place
-        return None
+        return next((peer for peer in self._lines if not last or not self._held[peer]), None)
 
     def _send_next(self) -> None:
-        found = self._next_ready()
-        if found is None:
+        peer = self._next_peer()
+        if peer is None:
             return
-        peer, place = found
         line = self._lines.pop(peer)
-        job = line[place]
-        del line[place]
+        job = line.popleft()
         if line:
             self._lines[peer] = line  # now the last in turn
         error = self._send(job)
@@ -286,7 +264,7 @@ class Mover:
         failpoints.reached("before-chunk")
         buffer = self._free.pop()
         try:
-            outgoing = _outgoing(peer, self._rank, job)
+            outgoing = peer.plan.outgoing(self._rank, job.lease.chunk, job.tokens)
             _check_slot(peer, job.lease.slot, outgoing)
             prepared = self._sending.prepare(job, peer.plan, outgoing, buffer)
         except Exception as unexpected:
@@ -296,7 +274,7 @@ class Mover:
             return _text(unexpected)
         pieces = [index for write in outgoing.writes for index in write.pieces]
         digests = [prepared.digests[part] for write in outgoing.writes for part in write.parts]
-        sending = _Sending(job, buffer, pieces, digests, outgoing.size_bytes, time.monotonic())
+        sending = _Sending(job, buffer, pieces, digests, outgoing.size_bytes)
         self._post(sending, peer, outgoing, prepared.rows)
         if not sending.open:
             self._free.append(buffer)
@@ -341,10 +319,7 @@ class Mover:
         if done.error:
             self._on_report(_sent(job, done.error))
         else:
-            now = time.monotonic()
-            write_s = now - max(done.posted, self._settled_at.get(job.peer, 0.0))
-            self._settled_at[job.peer] = now
-            self._on_report(_sent(job, "", done.size_bytes, done.pieces, done.digests, write_s))
+            self._on_report(_sent(job, "", done.size_bytes, done.pieces, done.digests))
 
     # ---- receiving -----------------------------------------------------------------------------------------------
 
@@ -376,14 +351,6 @@ def _check_pool(layers: Sequence[torch.Tensor], kv: KvSpec, rank: int) -> None:
         )
 
 
-def _outgoing(peer: Peer, rank: int, job: SendChunk) -> Outgoing:
-    """This rank's share of the chunk. Raises ValueError when there is no such chunk."""
-    first, end = job.layers
-    if first < 0 or end > peer.plan.prefill.layers:
-        raise ValueError(f"no layers {first} to {end}: the model has {peer.plan.prefill.layers}")
-    return peer.plan.outgoing(rank, job.lease.chunk, job.tokens, end - first)
-
-
 def _check_slot(peer: Peer, slot: int, outgoing: Outgoing) -> None:
     """Raises ValueError when the peer's slots do not hold what is written: it would land in another slot."""
     if not 0 <= slot < peer.hello.slot_count:
@@ -400,7 +367,6 @@ def _sent(
     size_bytes: int = 0,
     pieces: Sequence[int] = (),
     digests: Sequence[bytes] = (),
-    write_s: float = 0.0,
 ) -> Sent:
     lease = job.lease
     return Sent(
@@ -413,7 +379,6 @@ def _sent(
         epoch=lease.epoch,
         pieces=list(pieces),
         digests=list(digests),
-        write_s=write_s,
     )
 
 

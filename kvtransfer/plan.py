@@ -1,8 +1,8 @@
 """Who sends which KV heads and tokens to whom: the transfer plan of one pair of workers. Pure, numpy only.
 
-`plan(prefill, decode)` is computed once for a pair; `Plan.pieces(chunk, tokens, layers)` gives the pieces of one chunk,
-the same list on both sides, so that it never crosses the wire. A piece is a rectangle of heads x tokens (of all layers
-of the chunk) that one prefill rank writes to one decode rank, contiguous in the slot, in the canonical layout
+`plan(prefill, decode)` is computed once for a pair; `Plan.pieces(chunk, tokens)` gives the pieces of one chunk, the
+same list on both sides, so that it never crosses the wire. A piece is a rectangle of heads x tokens (of all layers)
+that one prefill rank writes to one decode rank, contiguous in the slot, in the canonical layout
 [kv_head, layer, k/v, token, head_dim]; before it, when it is quantised, its scales [kv_head, layer, k/v, group].
 
 Heads that the same prefill ranks store and the same decode ranks need are dealt alike: with S sources and T targets,
@@ -139,9 +139,9 @@ class Plan:
                 for deal in self._deals
             )
         )
-        self._pieces: dict[tuple[int, int, int], Pieces] = {}
-        self._outgoing: dict[tuple[int, int, int, int], Outgoing] = {}
-        self._incoming: dict[tuple[int, int, int, int], tuple[Piece, ...]] = {}
+        self._pieces: dict[tuple[int, int], Pieces] = {}
+        self._outgoing: dict[tuple[int, int, int], Outgoing] = {}
+        self._incoming: dict[tuple[int, int, int], tuple[Piece, ...]] = {}
 
     # ---- of the pair ---------------------------------------------------------------------------------------------
 
@@ -161,39 +161,35 @@ class Plan:
             found |= {choose(source, target) for source, target in pairs}
         return tuple(sorted(rank for rank in found if rank is not None))
 
+    def piece_bytes(self, heads: int, tokens: int) -> int:
+        """Bytes of a piece as it crosses, scales included."""
+        return wire_bytes(self.wire_dtype, self.decode.layers, self.decode.head_dim, heads, tokens)
+
     # ---- of a chunk ----------------------------------------------------------------------------------------------
 
-    def pieces(self, chunk: int, tokens: int, layers: int | None = None) -> Pieces:
-        """The pieces of the chunk with this index (replicas take turns by it), so many tokens and so many layers,
-        whichever these are; None: all.
+    def pieces(self, chunk: int, tokens: int) -> Pieces:
+        """The pieces of the chunk with this index (replicas take turns by it) and so many tokens.
 
         Raises ValueError when no chunk of this pair is like that.
         """
-        count = self._layers(layers)
         if chunk < 0 or not 0 < tokens <= self.chunk_tokens:
             raise ValueError(f"no chunk {chunk} of {tokens} tokens: they have 1 to {self.chunk_tokens}")
         phase = chunk % self._period
-        return _remembered(self._pieces, (phase, tokens, count), lambda: self._cut(phase, tokens, count))
+        return _remembered(self._pieces, (phase, tokens), lambda: self._cut(phase, tokens))
 
-    def outgoing(self, rank: int, chunk: int, tokens: int, layers: int | None = None) -> Outgoing:
+    def outgoing(self, rank: int, chunk: int, tokens: int) -> Outgoing:
         """What this prefill rank sends of the chunk; same arguments and errors as `pieces`."""
-        pieces = self.pieces(chunk, tokens, layers)
-        key = (rank, chunk % self._period, tokens, self._layers(layers))
+        pieces = self.pieces(chunk, tokens)
+        key = (rank, chunk % self._period, tokens)
         return _remembered(self._outgoing, key, lambda: self._sent_by(rank, pieces))
 
-    def incoming(self, rank: int, chunk: int, tokens: int, layers: int | None = None) -> tuple[Piece, ...]:
+    def incoming(self, rank: int, chunk: int, tokens: int) -> tuple[Piece, ...]:
         """What this decode rank receives of the chunk; same arguments and errors as `pieces`."""
-        pieces = self.pieces(chunk, tokens, layers)
-        key = (rank, chunk % self._period, tokens, self._layers(layers))
+        pieces = self.pieces(chunk, tokens)
+        key = (rank, chunk % self._period, tokens)
         return _remembered(self._incoming, key, lambda: self._received_by(rank, pieces))
 
-    def _layers(self, layers: int | None) -> int:
-        count = self.decode.layers if layers is None else layers
-        if not 0 < count <= self.decode.layers:
-            raise ValueError(f"no chunk of {count} layers: the model has {self.decode.layers}")
-        return count
-
-    def _cut(self, chunk: int, tokens: int, layers: int) -> Pieces:
+    def _cut(self, chunk: int, tokens: int) -> Pieces:
         block_size = self.decode.block_size
         found: list[tuple[int, int, int, int, int, int]] = []
         for deal in self._deals:
@@ -202,7 +198,7 @@ class Plan:
                 found.append((target, deal.heads.start, first, source, len(deal.heads), end - first))
         found.sort()
         target, head, first, source, heads, count = np.array(found, dtype=np.int64).T
-        sizes = _wire_bytes(self.wire_dtype, layers, self.decode.head_dim, heads, count)
+        sizes = _wire_bytes(self.wire_dtype, self.decode.layers, self.decode.head_dim, heads, count)
         ends = np.cumsum(sizes)
         # Offsets begin anew with each target.
         begins = np.searchsorted(target, target)
@@ -244,16 +240,14 @@ class Plan:
         mine = np.flatnonzero(pieces.source == rank)
         wanted = _columns(pieces, mine)
         rectangles = sorted(
-            {
-                (piece["head"], piece["first"], piece["heads"], piece["tokens"], piece["size_bytes"])
-                for piece in wanted
-            }
+            {(piece["head"], piece["first"], piece["heads"], piece["tokens"]) for piece in wanted}
         )
         parts: list[Piece] = []
         index_of: dict[tuple[int, int], int] = {}
         at = 0
-        for head, first, heads, tokens, size in rectangles:
+        for head, first, heads, tokens in rectangles:
             index_of[head, first] = len(parts)
+            size = self.piece_bytes(heads, tokens)
             parts.append(
                 Piece(len(parts), head - begin, heads, first, tokens, at, size, range(head, head + heads))
             )

@@ -36,15 +36,12 @@ class Receiving:
         """Whether this rank's pieces were what they should be and are now in its blocks; if not, no block was touched.
 
         Copy first, then verify the copy: a write that was given up may still change the slot at any time. Raises
-        ValueError for blocks that are not of the pool or do not cover the chunk, a chunk that no plan has.
+        ValueError for blocks that are not of the pool or do not cover the chunk, and a chunk that no plan has.
         """
-        if job.layers[0] < 0 or job.layers[1] > len(self._layers):
-            raise ValueError(f"no layers {job.layers}: the model has {len(self._layers)}")
         if not 0 <= job.slot < self._memory.slots:
             log.error("hand-off %d: no slot %d here", job.handoff_id, job.slot)
             return False
-        layers = self._layers[slice(*job.layers)]
-        whole = made.pieces(job.chunk, job.tokens, len(layers))
+        whole = made.pieces(job.chunk, job.tokens)
         expected = (int(whole.size_bytes.sum()), len(whole))
         if (job.size_bytes, len(job.digests)) != expected:
             log.warning(
@@ -52,12 +49,12 @@ class Receiving:
                 *(job.handoff_id, job.size_bytes, len(job.digests), *expected),
             )
             return False
-        pieces = made.incoming(self._rank, job.chunk, job.tokens, len(layers))
-        where = layout.span(layers, job.blocks, job.blocks_start, job.first_token, job.tokens)
+        pieces = made.incoming(self._rank, job.chunk, job.tokens)
+        where = layout.span(self._layers, job.blocks, job.blocks_start, job.first_token, job.tokens)
         if not all(self._verified_copy(job, piece) for piece in pieces):
             return False
         failpoints.reached("copying-out")
-        layout.scatter(layers, where, pieces, made.wire_dtype, self._scratch)
+        layout.scatter(self._layers, where, pieces, made.wire_dtype, self._scratch)
         return True
 
     def _verified_copy(self, job: CopyOut, piece: Piece) -> bool:
@@ -66,7 +63,7 @@ class Receiving:
         source = self._memory.endpoint.landing[begin : begin + piece.size_bytes]
         copy = self._scratch[piece.offset : piece.offset + piece.size_bytes]
         first = job.first_token + piece.first
-        seed = piece_seed(job.seed, first, piece.tokens, range(*job.layers), piece.model_heads)
+        seed = piece_seed(job.seed, first, piece.tokens, range(self._kv.layers), piece.model_heads)
         if copy_and_digest(source, copy, seed) == job.digests[piece.index]:
             return True
         log.warning("hand-off %d: a piece at %d has another digest", job.handoff_id, first)

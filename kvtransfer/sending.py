@@ -7,7 +7,7 @@ what is sent from the pool is that of the pool's bytes in wire order, without a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -64,13 +64,12 @@ class Sending:
         the pool or do not cover the chunk, and a share that does not fit into a buffer."""
         place = self._place if made.wire_dtype == self._kv.dtype else None
         if place is not None:
-            place = replace(place, layers=place.layers[slice(*job.layers)])
             runs = [
                 direct.runs(place, job.blocks, job.blocks_start, job.first_token + part.first, part.tokens)
                 for part in outgoing.parts
             ]
             rows = sum(
-                2 * len(place.layers) * p.heads * len(r) for p, r in zip(outgoing.parts, runs, strict=True)
+                2 * len(self._layers) * p.heads * len(r) for p, r in zip(outgoing.parts, runs, strict=True)
             )
             if self._never_gathers or outgoing.staging_bytes >= DIRECT_BYTES * rows:
                 return self._point(job, outgoing, place, runs)
@@ -82,9 +81,8 @@ class Sending:
             raise ValueError(f"{outgoing.staging_bytes} bytes do not fit into a staging buffer of {limit}")
         begin = buffer * limit
         view = self._memory.endpoint.staging[begin : begin + outgoing.staging_bytes]
-        layers = self._layers[slice(*job.layers)]
-        where = layout.span(layers, job.blocks, job.blocks_start, job.first_token, job.tokens)
-        layout.gather(layers, where, outgoing.parts, made.wire_dtype, view)
+        where = layout.span(self._layers, job.blocks, job.blocks_start, job.first_token, job.tokens)
+        layout.gather(self._layers, where, outgoing.parts, made.wire_dtype, view)
         return Prepared(
             [
                 digest(view[part.offset : part.offset + part.size_bytes], self._seed(job, part))
@@ -121,21 +119,20 @@ class Sending:
 
     def _hash_copied(self, running: RunningDigest, job: SendChunk, part: Piece) -> None:
         """Head by head and layer by layer through a tile that stays in the cache: the wire's order."""
-        layers = self._layers[slice(*job.layers)]
-        size = part.size_bytes // (part.heads * len(layers))
+        size = part.size_bytes // (part.heads * len(self._layers))
         if len(self._tile) < size:
             self._tile = np.zeros(size, dtype=np.uint8)
         first = job.first_token + part.first
-        where = layout.span(layers, job.blocks, job.blocks_start, first, part.tokens)
+        where = layout.span(self._layers, job.blocks, job.blocks_start, first, part.tokens)
         for head in part.local_heads:
             piece = Piece(0, head, 1, 0, part.tokens, 0, size, range(1))
-            for layer in layers:
+            for layer in self._layers:
                 layout.gather([layer], where, [piece], self._kv.dtype, self._tile)
                 running.update(self._tile[:size])
 
     def _seed(self, job: SendChunk, part: Piece) -> int:
         first = job.first_token + part.first
-        return piece_seed(job.seed, first, part.tokens, range(*job.layers), part.model_heads)
+        return piece_seed(job.seed, first, part.tokens, range(self._kv.layers), part.model_heads)
 
 
 def _moved(rows: Rows, staging: int) -> Rows:

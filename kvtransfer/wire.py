@@ -56,7 +56,6 @@ def to_proto(message: ControlMessage) -> pb.Control:
                 deadline_s=message.deadline_s,
                 salt=message.salt,
                 priority=message.priority,
-                layer_groups=message.layer_groups,
             )
         )
     if isinstance(message, Abort):
@@ -68,8 +67,6 @@ def to_proto(message: ControlMessage) -> pb.Control:
                 cached_tokens=message.cached_tokens,
                 queue_s=message.queue_s,
                 compute_s=message.compute_s,
-                link_bytes_per_s=message.link_bytes_per_s,
-                link_latency_s=message.link_latency_s,
             )
         )
     if isinstance(message, Failed):
@@ -170,7 +167,6 @@ def _read_begin(begin: pb.Begin) -> Begin:
         deadline_s=begin.deadline_s,
         salt=begin.salt,
         priority=begin.priority,
-        layer_groups=begin.layer_groups,
     )
 
 
@@ -188,9 +184,7 @@ _READERS: dict[str, Callable[[Any], ControlMessage]] = {
     "chunk_done": lambda x: ChunkDone(
         x.handoff_id, x.lease_id, x.epoch, x.chunk, x.size_bytes, list(x.digests)
     ),
-    "done": lambda x: Done(
-        x.handoff_id, x.cached_tokens, x.queue_s, x.compute_s, x.link_bytes_per_s, x.link_latency_s
-    ),
+    "done": lambda x: Done(x.handoff_id, x.cached_tokens, x.queue_s, x.compute_s),
     "failed": lambda x: Failed(x.handoff_id, x.reason),
     "quiet": lambda x: Quiet(x.handoff_id, x.epoch),
 }

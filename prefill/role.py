@@ -1,7 +1,6 @@
 """The prefill role: every decision of a prefill worker, pure. Events and `now` in, actions out.
 
-    begin -> the scheduler computes the prompt -> each chunk leaves as soon as it is computed and credited: what a step
-             is going to complete is given to the movers before it, and they wait for its layers
+    begin -> the scheduler computes the prompt -> each chunk leaves as soon as it is computed and credited
           -> all written and settled: done -> blocks released (they stay in the prefix cache)
     abort, lost peer, deadline, failed write -> stop posting, let writes settle, then quiet -> blocks released
 
@@ -23,7 +22,6 @@ from engine.plan import StepPlan, StepResult
 from engine.scheduler import Limits, Scheduler
 from engine.sequence import Phase, Sequence
 from kvtransfer.chunks import Chunk, chunks, seeds
-from kvtransfer.groups import LinkModel
 from kvtransfer.handshake import Mismatch, agree
 from kvtransfer.messages import (
     Abort,
@@ -71,7 +69,6 @@ class Peer:
     connected: bool = False
     link: PeerLink | None = None
     quiet_owed: int = 0
-    writes: LinkModel = field(default_factory=LinkModel)
 
 
 @dataclass(slots=True)
@@ -82,8 +79,7 @@ class Handoff:
     epoch: int
     sequence: Sequence
     chunks: list[Chunk]
-    groups: int  # chunks of each token range
-    seeds: list[int]  # by token range
+    seeds: list[int]
     began: float
     deadline: float
     state: State = State.COMPUTING
@@ -126,7 +122,6 @@ class PrefillRole:
         self._aborted: OrderedDict[Key, None] = OrderedDict()
         self._next_peer = 1
         self._starved_since: float | None = None
-        self._committed = 0  # the latest step that is over
 
     # ---- what the step loop asks -------------------------------------------------------------------------------
 
@@ -220,12 +215,10 @@ class PrefillRole:
                 handoff.scheduled = now
                 handoff.cached = sequence.computed
                 self.counters["cached_tokens"] += sequence.computed
-            for row, sequence in zip(plan.rows, self.scheduler.planned, strict=True):
-                self._pump(self._of_request[sequence.request], now, (plan.step, row.start + len(row.tokens)))
+                self._pump(handoff, now)
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
-        self._committed = plan.step
         for progress in self.scheduler.commit(plan, result):
             handoff = self._of_request[progress.sequence.request]
             self.counters["prompt_tokens"] += (
@@ -370,15 +363,13 @@ class PrefillRole:
             self._say(key[0], peer.hello.epoch, Failed(begin.handoff_id, refusal))
             self._say(key[0], peer.hello.epoch, Quiet(begin.handoff_id, peer.hello.epoch))
             return
-        chunk_tokens, layers = peer.plan.chunk_tokens, self.hello.kv.layers
-        groups = begin.layer_groups or 1
+        chunk_tokens = peer.plan.chunk_tokens
         request = RequestKey(peer.number, begin.handoff_id)
         handoff = Handoff(
             key=key,
             epoch=peer.hello.epoch,
             sequence=Sequence(request, begin.tokens, None, begin.salt, begin.priority),
-            chunks=chunks(begin.start, len(begin.tokens), chunk_tokens, layers, groups),
-            groups=groups,
+            chunks=chunks(begin.start, len(begin.tokens), chunk_tokens),
             seeds=seeds(begin.tokens, begin.salt, begin.start, chunk_tokens),
             began=now,
             deadline=now + begin.deadline_s,
@@ -398,8 +389,6 @@ class PrefillRole:
             return f"nothing to hand off: start {begin.start} of {len(begin.tokens)} tokens"
         if not math.isfinite(begin.deadline_s):  # not-a-number would put the heap of deadlines out of order
             return f"deadline_s={begin.deadline_s}: a hand-off ends in finite time"
-        if begin.layer_groups > self.hello.kv.layers:
-            return f"{begin.layer_groups} groups of layers: the model has {self.hello.kv.layers}"
         needed = self.blocks.blocks_for(len(begin.tokens))
         if needed > self.blocks.total:
             return f"the prompt needs {needed} KV blocks, this prefill worker has {self.blocks.total}"
@@ -407,18 +396,13 @@ class PrefillRole:
             return f"no room: {self._max_waiting} hand-offs wait already"
         return ""
 
-    def _pump(self, handoff: Handoff, now: float, planned: tuple[int, int] = (0, 0)) -> None:
-        """Gives the mover every chunk that is computed and credited, in order; none under a lease that is over.
-
-        `planned`: a step that is about to run, and up to which position it computes the hand-off's prompt. Its chunks
-        go to the mover already, which waits for their layers.
-        """
+    def _pump(self, handoff: Handoff, now: float) -> None:
+        """Gives the mover every chunk that is computed and credited, in order; none under a lease that is over."""
         sequence = handoff.sequence
-        step, ahead = planned
         while handoff.posted < len(handoff.chunks) and handoff.posted in handoff.leases:
             chunk = handoff.chunks[handoff.posted]
             end = chunk.first_token + chunk.tokens
-            if end > max(sequence.computed, ahead):
+            if end > sequence.computed:
                 break
             lease, until = handoff.leases.pop(handoff.posted)
             if (
@@ -437,13 +421,7 @@ class PrefillRole:
                     blocks_start=first_block * self.blocks.block_size,
                     first_token=chunk.first_token,
                     tokens=chunk.tokens,
-                    layers=(chunk.layers.start, chunk.layers.stop),
-                    after=(
-                        (self._committed, self.hello.kv.layers)
-                        if end <= sequence.computed
-                        else (step, chunk.layers.stop)
-                    ),
-                    seed=handoff.seeds[handoff.posted // handoff.groups],
+                    seed=handoff.seeds[handoff.posted],
                 )
             )
             handoff.in_flight.add(handoff.posted)
@@ -461,7 +439,6 @@ class PrefillRole:
             handoff.settled += 1
             self.counters["chunks_sent"] += 1
             self.counters["handoff_bytes"] += report.size_bytes
-            self._peers[report.peer].writes.add(report.size_bytes, report.write_s)
         elif handoff.state is not State.ENDING:
             self.counters["writes_failed"] += 1
             self._give_up(handoff, now, f"write failed: {report.error}")
@@ -475,8 +452,7 @@ class PrefillRole:
         handoff.state = HANDOFFS.move(handoff.state, State.ENDED)
         scheduled = handoff.scheduled if handoff.scheduled is not None else handoff.began
         computed = handoff.computed if handoff.computed is not None else scheduled
-        link = self._peers[handoff.key[0]].writes.measured
-        done = Done(handoff.key[1], handoff.cached, scheduled - handoff.began, computed - scheduled, *link)
+        done = Done(handoff.key[1], handoff.cached, scheduled - handoff.began, computed - scheduled)
         self._say(handoff.key[0], handoff.epoch, done)
         self.counters["done"] += 1
         self._remove(handoff)

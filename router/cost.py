@@ -13,8 +13,7 @@ from router.estimates import Local, Remote, estimate, local_scores
 from router.policy import Ask, Decision
 from router.view import View
 
-HYSTERESIS = 0.002  # in scores: nearer than that, local or remote stays what it was last ...
-NEAR = 0.1  # ... but remote only while local is not better by more than this share of its own score
+HYSTERESIS = 0.002  # in scores: nearer than that, local or remote stays what it was last
 MATTERS = 0.01  # difference in expected misses that is a reason by itself
 TURN = 4  # the decode worker turns a decision only where the uncached length is off by such a factor
 _STEPS = (TURN, TURN**2, TURN**3)
@@ -35,7 +34,7 @@ def cost(ask: Ask, view: View, now: float) -> Decision:
         return Decision(worker, None, reason, ask.prompt_tokens + 1, code, ttft_s=ttft_s, best_s=best_s)
     there, by = divmod(int(np.argmin(remote.score)), len(remote.to))
     gain = float(local.score[here] - remote.score[there, by])
-    goes = gain > (-min(HYSTERESIS, NEAR * float(local.score[here])) if view.last_remote else HYSTERESIS)
+    goes = gain > (-HYSTERESIS if view.last_remote else HYSTERESIS)
     misses = float(local.late[here] + local.harm[here] - remote.late[there, by] - remote.harm[there])
     code = "slo" if abs(misses) > MATTERS and (misses > 0) == goes else "cost"
     best_s = float(min(local.ttft_s.min(), remote.ttft_s.min()))

@@ -452,7 +452,7 @@ class WorkerDispatcher:
             release=RELEASE,
             ready=self.ready,
             active_requests=self.active,
-            workers=[link.status for link in self._links.values()],
+            workers=[link.whole_status() for link in self._links.values()],
             policy=self.spec.policy,
             prefix_index=api.PrefixIndex(
                 entries=self.index.entries,

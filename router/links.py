@@ -45,6 +45,7 @@ class WorkerLink:
             address=member.address,
             alive=False,
         )
+        self.costs = api.WorkerCosts()  # the latest that it told
         self.up = False
         self.kv_heard = 0.0  # when a snapshot of its prefix cache was asked for, or a piece of it came
         self._token = token
@@ -52,6 +53,14 @@ class WorkerLink:
         self._on_down = on_down
         self._outbox: asyncio.Queue[pb.ToWorker] = asyncio.Queue()
         self._task = asyncio.create_task(self._keep())
+
+    def whole_status(self) -> api.WorkerStatus:
+        """The latest, with the costs that were told with an earlier one."""
+        whole = api.WorkerStatus()
+        whole.CopyFrom(self.status)
+        if self.costs.seen:
+            whole.costs.CopyFrom(self.costs)
+        return whole
 
     def send(self, message: pb.ToWorker) -> None:
         """Queues a message for the open stream; without one it is dropped (its requests have been told so)."""
@@ -114,6 +123,8 @@ class WorkerLink:
                         ):  # said on opening the stream, by the shell
                             return f"its engine is silent since {message.status.engine_silent_s:.0f} s"
                         self.status.CopyFrom(message.status)
+                        if message.status.HasField("costs"):  # told when they change
+                            self.costs.CopyFrom(message.status.costs)
                     self.up = True
                     self._on_message(self, message)
             except TimeoutError:

@@ -18,7 +18,7 @@ from engine.plan import StepPlan, StepResult
 from engine.sequence import Sequence
 
 VOCABULARY = 40
-KV_BYTES = 8  # one int64 for each token, layer and head: k and v of one float32 each
+KV_BYTES = 8  # one int64 for each token and head: one layer, k and v of one float32 each
 UNWRITTEN = -1
 _REMEMBERED = 256
 _MASK = (1 << 62) - 1
@@ -64,11 +64,9 @@ def right_answer(prompt: list[int], sampling: SamplingParams, salt: str) -> tupl
             return drawn, "length"
 
 
-def of_heads(kv: Kv, heads: range, layers: range = range(1)) -> Kv:
-    """[tokens] -> [tokens, layers, heads]: no two layers or heads have the same word, so that a misplaced one shows."""
-    of_layer = np.arange(layers.start, layers.stop, dtype=np.int64)[:, None] * 0x2C1B3C6D29A4F1
-    of_head = np.arange(heads.start, heads.stop, dtype=np.int64) * 0x1F3D5B79A8C6E5
-    return kv[:, None, None] ^ (of_layer ^ of_head)
+def of_heads(kv: Kv, heads: range) -> Kv:
+    """[tokens] -> [tokens, heads]: no two heads have the same word, so that a misplaced one shows."""
+    return kv[:, None] ^ (np.arange(heads.start, heads.stop, dtype=np.int64) * 0x1F3D5B79A8C6E5)
 
 
 class _Known:
@@ -91,17 +89,14 @@ class _Known:
 
 
 class Model:
-    """The KV pools of one worker's ranks, [blocks, block_size, layers, the rank's kv heads], and its runner."""
+    """The KV pools of one worker's ranks, [blocks, block_size, the rank's kv heads], and the runner over them."""
 
-    def __init__(
-        self, blocks: int, block_size: int, heads: Many[range] = ONE_HEAD, layers: range = range(1)
-    ) -> None:
+    def __init__(self, blocks: int, block_size: int, heads: Many[range] = ONE_HEAD) -> None:
         self.block_size = block_size
         self.heads = heads
         self._known = _Known()
-        self.layers = layers
         self.pools: list[Kv] = [
-            np.full((blocks, block_size, len(layers), len(mine)), UNWRITTEN, dtype=np.int64) for mine in heads
+            np.full((blocks, block_size, len(mine)), UNWRITTEN, dtype=np.int64) for mine in heads
         ]
 
     def run(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
@@ -121,25 +116,15 @@ class Model:
             at = np.arange(end)
             blocks, offsets = ids[at // self.block_size], at % self.block_size
             for rank, pool in enumerate(self.pools):
-                right = of_heads(kv, self.heads[rank], self.layers)
+                right = of_heads(kv, self.heads[rank])
                 found = pool[blocks[: row.start], offsets[: row.start]]
-                wrong = np.flatnonzero((found != right[: row.start]).any(axis=(1, 2)))
+                wrong = np.flatnonzero((found != right[: row.start]).any(axis=1))
                 if len(wrong):
                     where = f"position {wrong[0]} of {row.start}, rank {rank}"
                     raise WrongKv(f"{sequence.request}: KV of {where}, is not its own")
                 pool[blocks[row.start :], offsets[row.start :]] = right[row.start :]
             sampled.append(draw(int(kv[-1]), row.sampling, end) if row.sampling else -1)
         return StepResult(sampled)
-
-    def write_layer(self, plan: StepPlan, sequences: list[Sequence], rank: int, layer: int) -> None:
-        """What one rank has written when it has computed one layer of a step that is under way."""
-        for row, sequence in zip(plan.rows, sequences, strict=True):
-            end = row.start + len(row.tokens)
-            kv = self._known.kv(sequence, end)[row.start :]
-            at = np.arange(row.start, end)
-            blocks = row.block_table.ids[at // self.block_size]
-            right = of_heads(kv, self.heads[rank], range(layer, layer + 1))
-            self.pools[rank][blocks, at % self.block_size, layer] = right[:, 0]
 
     def gather(
         self,
@@ -149,30 +134,17 @@ class Model:
         tokens: int,
         rank: int = 0,
         heads: range = range(1),
-        layers: range = range(1),
     ) -> Kv:
-        """[heads * layers, tokens] out of the rank's pool, as in a piece."""
+        """[heads, tokens] out of the rank's pool, as in a piece."""
         begin, local = first - blocks_start, self.heads[rank].start
-        pool = self.pools[rank][
-            blocks, :, layers.start : layers.stop, heads.start - local : heads.stop - local
-        ]
-        flat = pool.reshape(-1, len(layers), len(heads))[begin : begin + tokens]
-        return np.ascontiguousarray(flat.transpose(2, 1, 0)).reshape(-1, tokens)
+        pool = self.pools[rank][blocks, :, heads.start - local : heads.stop - local]
+        return pool.reshape(-1, len(heads))[begin : begin + tokens].T.copy()
 
     def scatter(
-        self,
-        blocks: list[int],
-        blocks_start: int,
-        first: int,
-        payload: Kv,
-        rank: int = 0,
-        head: int = 0,
-        layers: range = range(1),
+        self, blocks: list[int], blocks_start: int, first: int, payload: Kv, rank: int = 0, head: int = 0
     ) -> None:
         """The other way: `payload` begins with this head."""
-        rows, tokens = payload.shape
+        heads, tokens = payload.shape
         at = np.arange(first - blocks_start, first - blocks_start + tokens)
         ids, local = np.array(blocks)[at // self.block_size], head - self.heads[rank].start
-        found = payload.reshape(-1, len(layers), tokens).transpose(2, 1, 0)
-        end = local + rows // len(layers)
-        self.pools[rank][ids, at % self.block_size, layers.start : layers.stop, local:end] = found
+        self.pools[rank][ids, at % self.block_size, local : local + heads] = payload.T

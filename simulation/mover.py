@@ -1,9 +1,8 @@
 """The simulated movers: the jobs of one rank, done late, in pieces, or not at all, as a real fabric may.
 
 A chunk is gathered when its turn comes, not when it was asked for, so a source block that was released too early is
-caught, and so is one that was read before its layer had been computed. Each write lands in two parts at times of their
-own, also after the lease was aborted or the writer has died. The ranks of a node know nothing of one another: one is
-late, one's write fails, one is sent wrong bytes.
+caught; each write lands in two parts at times of their own, also after the lease was aborted or the writer has died.
+The ranks of a node know nothing of one another: one is late, one's write fails, one is sent wrong bytes.
 """
 
 from __future__ import annotations
@@ -91,8 +90,6 @@ class SimulatedMover:
         self._free_at = 0.0
         self._plans: dict[str, Plan] = {}  # by peer
         self._connected: set[str] = set()
-        self._early: list[SendChunk] = []  # their step has not computed them yet
-        node.progress[rank].on_wake(self._computed)
 
     def submit(self, job: MoverJob) -> None:
         self._free_at = max(self._free_at, self.world.now) + self.world.between(*JOB_S)
@@ -104,7 +101,7 @@ class SimulatedMover:
     def _do(self, job: MoverJob) -> None:
         put = partial(self.node.join.put, self.rank)
         if isinstance(job, SendChunk):
-            self._send_when_computed(job)
+            self._send(job)
         elif isinstance(job, CopyOut):
             put(Copied(job.handoff_id, job.lease_id, self._copy_out(job)))
         elif isinstance(job, Connect):
@@ -126,38 +123,20 @@ class SimulatedMover:
 
     # ---- sending -------------------------------------------------------------------------------------------------
 
-    def _send_when_computed(self, job: SendChunk) -> None:
-        if self.node.progress[self.rank].reached(job.after):
-            self._send(job)
-            return
-        self.world.facts["sent_in_a_step"] += 1
-        self._early.append(job)
-        self.node.progress[self.rank].wake_at(min(early.after for early in self._early))
-
-    def _computed(self) -> None:
-        """Some layers of the step that runs are done."""
-        early, self._early = self._early, []
-        for job in early:
-            self._free_at = max(self._free_at, self.world.now) + self.world.between(*JOB_S)
-            self.world.at(self._free_at, partial(self._do, job), self.node)
-
     def _send(self, job: SendChunk) -> None:
         """One write for each rank of the peer that takes something from this one; none at all is settled at once."""
         if job.peer not in self._connected:
             self._report(_Sending(job, [], [], 0, 0, ["not connected"]))
             return
-        layers = range(*job.layers)
-        pieces = self._plans[job.peer].pieces(job.lease.chunk, job.tokens, len(layers))
+        pieces = self._plans[job.peer].pieces(job.lease.chunk, job.tokens)
         mine = np.flatnonzero(pieces.source == self.rank)
         writes: defaultdict[int, Part] = defaultdict(list)
         digests = []
         for index in mine.tolist():
             heads = range(pieces.head[index], pieces.head[index] + pieces.heads[index])
             first, tokens = job.first_token + int(pieces.first[index]), int(pieces.tokens[index])
-            payload = self.node.model.gather(
-                job.blocks, job.blocks_start, first, tokens, self.rank, heads, layers
-            )
-            seed = piece_seed(job.seed, first, tokens, layers, heads)
+            payload = self.node.model.gather(job.blocks, job.blocks_start, first, tokens, self.rank, heads)
+            seed = piece_seed(job.seed, first, tokens, range(1), heads)
             digests.append(digest(payload.reshape(-1).view(np.uint8), seed))
             writes[int(pieces.target[index])].append(
                 (int(pieces.offset[index]) // KV_BYTES, payload.reshape(-1))
@@ -231,24 +210,23 @@ class SimulatedMover:
 
     def _copy_out(self, job: CopyOut) -> bool:
         """Copies this rank's pieces, and takes them over when all are what they should be."""
-        layers = range(*job.layers)
-        pieces = self._plans[job.peer].pieces(job.chunk, job.tokens, len(layers))
+        pieces = self._plans[job.peer].pieces(job.chunk, job.tokens)
         slot = self.node.landing[self.rank][job.slot]
         copies: list[tuple[int, int, Kv]] = []
         for index in np.flatnonzero(pieces.target == self.rank).tolist():
             first, tokens = job.first_token + int(pieces.first[index]), int(pieces.tokens[index])
             head, heads = int(pieces.head[index]), int(pieces.heads[index])
-            copy = np.empty(heads * len(layers) * tokens, dtype=np.int64)
+            copy = np.empty(heads * tokens, dtype=np.int64)
             offset = int(pieces.offset[index]) // KV_BYTES
             source = slot[offset : offset + len(copy)]
-            seed = piece_seed(job.seed, first, tokens, layers, range(head, head + heads))
+            seed = piece_seed(job.seed, first, tokens, range(1), range(head, head + heads))
             found = copy_and_digest(source.view(np.uint8), copy.view(np.uint8), seed)
             if self.verify and found != job.digests[index]:
                 self.world.facts["refused_by_a_rank"] += 1
                 return False
-            copies.append((first, head, copy.reshape(-1, tokens)))
+            copies.append((first, head, copy.reshape(heads, tokens)))
         for first, head, copy in copies:
-            self.node.model.scatter(job.blocks, job.blocks_start, first, copy, self.rank, head, layers)
+            self.node.model.scatter(job.blocks, job.blocks_start, first, copy, self.rank, head)
         self.world.facts["verified_by_a_rank"] += 1
         return True
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,7 +15,6 @@ from decode.role import DecodeRole
 from engine.api import RequestEnd, StepOutput
 from engine.ledger import BlockLedger, SlotLedger
 from engine.plan import StepPlan
-from engine.progress import Progress
 from engine.scheduler import Limits
 from kvtransfer.handshake import CAPABILITIES
 from kvtransfer.join import Join
@@ -44,8 +42,6 @@ from worker.role import Action
 if TYPE_CHECKING:
     from simulation.network import Stream
 
-LAYERS = 3
-
 SimRole = DecodeRole | PrefillRole
 
 
@@ -66,7 +62,6 @@ class NodeSpec:
     token_s: float
     heads: tuple[int, int] = (1, 1)  # query and kv heads of the model, the same at all nodes
     tensor_parallel: int = 1
-    layer_groups: int = 1  # into which a decode node has hand-offs cut
 
 
 class Watch(Protocol):
@@ -113,14 +108,13 @@ def make_role(spec: NodeSpec, hello: Hello, blocks: BlockLedger) -> SimRole:
         spec.limits,
         max_waiting=spec.max_waiting,
         handoff_timeout_s=spec.handoff_timeout_s,
-        layer_groups=spec.layer_groups,
     )
 
 
 def kv_spec(spec: NodeSpec) -> KvSpec:
     return KvSpec(
         model="simulated",
-        layers=LAYERS,
+        layers=1,
         q_heads=spec.heads[0],
         kv_heads=spec.heads[1],
         head_dim=1,
@@ -156,10 +150,7 @@ class Node:
         self.streams: dict[str, Stream] = {}  # by the peer's incarnation
         kv = kv_spec(spec)
         ranks = range(spec.tensor_parallel)
-        self.model = Model(
-            spec.blocks, spec.block_size, [kv_heads(kv, rank) for rank in ranks], range(LAYERS)
-        )
-        self.progress = [Progress() for _ in ranks]
+        self.model = Model(spec.blocks, spec.block_size, [kv_heads(kv, rank) for rank in ranks])
         sizes = [slot_bytes(kv, rank) for rank in ranks]
         # By rank: what landed in the slots.
         self.landing: list[Kv] = [np.zeros((spec.slots, size // KV_BYTES), dtype=np.int64) for size in sizes]
@@ -228,23 +219,7 @@ class Node:
             return
         self._computing = True
         seconds = self.world.between(*self.spec.step_s) + self.spec.token_s * plan.token_count
-        if not self.spec.decode:
-            self._compute_layers(plan, seconds)
         self.world.after(seconds, lambda: self._computed(plan), self)
-
-    def _compute_layers(self, plan: StepPlan, seconds: float) -> None:
-        """Each rank writes layer after layer while the step lasts, in its own time."""
-        sequences = list(self.role.scheduler.planned)
-
-        def compute(rank: int, layer: int) -> None:
-            self.model.write_layer(plan, sequences, rank, layer)
-            self.progress[rank].wrote(layer)
-
-        for rank, progress in enumerate(self.progress):
-            progress.begin(plan.step)
-            times = sorted(self.world.between(0.0, seconds) for _ in range(LAYERS))
-            for layer, time in enumerate(times):
-                self.world.after(time, partial(compute, rank, layer), self)
 
     def _computed(self, plan: StepPlan) -> None:
         self._computing = False

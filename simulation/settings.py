@@ -100,5 +100,4 @@ def _node(
         token_s=random.choice((0.0, 0.0001, 0.001)),
         heads=heads,
         tensor_parallel=ranks,
-        layer_groups=random.choice((1, 1, 2, 3)),
     )

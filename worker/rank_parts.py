@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import msgspec
 import torch
@@ -67,19 +66,9 @@ class RankParts:
             role=self.spec.role,
             on_report=on_report,
             on_fatal=on_fatal,
-            set_device=partial(_take_device, device, self.spec.role) if device.type == "cuda" else None,
+            set_device=(lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None,
             gather=self.spec.gather,
-            progress=self.runner.progress,
         )
-
-
-def _take_device(device: torch.device, role: str) -> None:
-    """In the mover's thread. What a sender gathers must not queue behind the step that is still being computed; the
-    job waits until its KV is there, and the copy to the host ends before it is sent. What a receiver scatters must be
-    there before the step that reads it: it stays in line with the steps."""
-    torch.cuda.set_device(device)
-    if role == "prefill":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def open_collective(

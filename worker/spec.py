@@ -47,9 +47,6 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     min_bandwidth: float = (
         0.0  # GB/s; a prefill worker refuses decode workers to which it measures less; 0: none
     )
-    layer_groups: int = (
-        0  # of each token range that is handed off, chosen by a decode worker; 0: by the measured link
-    )
     handoff_timeout_s: float = 30.0
     calibrate_s: float = 0.0  # at most, of steps that measure the machine before the first request; 0: none
     failpoints: str = ""  # a folder, for tests: see `kvtransfer.failpoints`

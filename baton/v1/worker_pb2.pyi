@@ -326,7 +326,7 @@ class Linked(_message.Message):
     def __init__(self) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("handoff_id", "request_id", "tokens", "start", "deadline_s", "salt", "priority", "layer_groups")
+    __slots__ = ("handoff_id", "request_id", "tokens", "start", "deadline_s", "salt", "priority")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -334,7 +334,6 @@ class Begin(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
-    LAYER_GROUPS_FIELD_NUMBER: _ClassVar[int]
     handoff_id: int
     request_id: str
     tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -342,8 +341,7 @@ class Begin(_message.Message):
     deadline_s: float
     salt: str
     priority: int
-    layer_groups: int
-    def __init__(self, handoff_id: _Optional[int] = ..., request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[str] = ..., priority: _Optional[int] = ..., layer_groups: _Optional[int] = ...) -> None: ...
+    def __init__(self, handoff_id: _Optional[int] = ..., request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., deadline_s: _Optional[float] = ..., salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("handoff_id", "leases")
@@ -378,20 +376,16 @@ class ChunkDone(_message.Message):
     def __init__(self, handoff_id: _Optional[int] = ..., lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., chunk: _Optional[int] = ..., size_bytes: _Optional[int] = ..., digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("handoff_id", "cached_tokens", "queue_s", "compute_s", "link_bytes_per_s", "link_latency_s")
+    __slots__ = ("handoff_id", "cached_tokens", "queue_s", "compute_s")
     HANDOFF_ID_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
-    LINK_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
-    LINK_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
     handoff_id: int
     cached_tokens: int
     queue_s: float
     compute_s: float
-    link_bytes_per_s: float
-    link_latency_s: float
-    def __init__(self, handoff_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., link_bytes_per_s: _Optional[float] = ..., link_latency_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, handoff_id: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("handoff_id", "reason")

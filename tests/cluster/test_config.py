@@ -86,11 +86,6 @@ def test_the_tree_is_frozen() -> None:
             {"kvtransfer": {"min_bandwidth": 2.5}, "prefill": {"replicas": 0}},
             ["kvtransfer.min_bandwidth = 2.5", "prefill.replicas is 0"],
         ),
-        ({"kvtransfer": {"layer_groups": 0}}, ["kvtransfer.layer_groups = 0", "auto", "at least 1"]),
-        (
-            {"kvtransfer": {"layer_groups": 2}, "prefill": {"replicas": 0}},
-            ["kvtransfer.layer_groups = 2", "prefill.replicas is 0"],
-        ),
         ({"kvtransfer": {"gather": "sometimes"}}, ["kvtransfer.gather = 'sometimes'", "'always'"]),
         (
             {"kvtransfer": {"wire_dtype": "int8"}, "prefill": {"replicas": 0}},

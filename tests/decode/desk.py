@@ -29,7 +29,7 @@ from kvtransfer.messages import (
     Linked,
     MoverJob,
 )
-from simulation.model import KV_BYTES, VOCABULARY, Kv, Model, kv_of, of_heads, right_answer
+from simulation.model import KV_BYTES, VOCABULARY, Kv, Model, kv_of, right_answer
 from worker.messages import FromPeer, PeerLost, PeerRefused, PeerUp, ToPeer
 
 BLOCK, CHUNK = 4, 8
@@ -46,12 +46,10 @@ def hello(
     block_size: int = BLOCK,
     chunk_tokens: int = CHUNK,
     wire_dtype: str = "",
-    layers: int = 1,
-    capabilities: tuple[str, ...] = CAPABILITIES,
 ) -> Hello:
     kv = KvSpec(
         model=model,
-        layers=layers,
+        layers=1,
         q_heads=1,
         kv_heads=1,
         head_dim=1,
@@ -67,9 +65,9 @@ def hello(
         transport="t",
         endpoints=[b""],
         epoch=epoch,
-        capabilities=list(capabilities),
+        capabilities=list(CAPABILITIES),
         slot_count=slots,
-        slot_bytes=[chunk_tokens * layers * KV_BYTES],
+        slot_bytes=[chunk_tokens * KV_BYTES],
     )
 
 
@@ -89,22 +87,18 @@ class Desk:
         max_waiting: int = 50,
         limits: Limits | None = None,
         wire_dtype: str = "",
-        layers: int = 1,
-        layer_groups: int = 1,
     ) -> None:
         self.now = 0.0
-        self.layers = layers
-        self.slots: Kv = np.zeros((slots, CHUNK * layers), dtype=np.int64)
-        self.model = Model(blocks, BLOCK, layers=range(layers))
+        self.slots: Kv = np.zeros((slots, CHUNK), dtype=np.int64)
+        self.model = Model(blocks, BLOCK)
         self.ledger = BlockLedger(blocks, BLOCK)
         self.role = DecodeRole(
-            hello("decode", "d1", slots=slots, wire_dtype=wire_dtype, layers=layers),
+            hello("decode", "d1", slots=slots, wire_dtype=wire_dtype),
             self.ledger,
             SlotLedger(slots),
             limits or Limits(64, 8),
             max_waiting=max_waiting,
             handoff_timeout_s=timeout_s,
-            layer_groups=layer_groups,
         )
         self.said: list[ToPeer] = []
         self.jobs: list[MoverJob] = []
@@ -220,16 +214,14 @@ class Desk:
 
     def copy_out(self, job: CopyOut) -> None:
         """As the mover does: copy, verify the copy, scatter, report. One rank, one head, one piece."""
-        layers = range(*job.layers)
-        copy = np.empty(job.tokens * len(layers), dtype=np.int64)
+        copy = np.empty(job.tokens, dtype=np.int64)
         found = copy_and_digest(
-            self.slots[job.slot, : len(copy)].view(np.uint8),
+            self.slots[job.slot, : job.tokens].view(np.uint8),
             copy.view(np.uint8),
-            piece_seed(job.seed, job.first_token, job.tokens, layers, range(1)),
+            piece_seed(job.seed, job.first_token, job.tokens, range(1), range(1)),
         )
         if [found] == job.digests:
-            payload = copy.reshape(len(layers), job.tokens)
-            self.model.scatter(job.blocks, job.blocks_start, job.first_token, payload, layers=layers)
+            self.model.scatter(job.blocks, job.blocks_start, job.first_token, copy[None])
         self.role.report(Copied(job.handoff_id, job.lease_id, [found] == job.digests), self.now)
 
     def read(self, kind: type[Message]) -> list[Message]:
@@ -247,7 +239,7 @@ class Desk:
 
     def peer_up(self, worker_id: str = "prefill", incarnation: str = "p1", epoch: int = 1, **kv: Any) -> None:
         """Hello, and both transports connected."""
-        said = hello(worker_id, incarnation, epoch, **{"layers": self.layers} | kv)
+        said = hello(worker_id, incarnation, epoch, **kv)
         self.role.handle(PeerUp(said), self.now)
         self.turn()
         assert self.read_jobs(Connect)[-1].hello == said
@@ -262,18 +254,15 @@ class Desk:
 
     def write(self, begin: Begin, lease: Lease, *, flip: bool = False) -> ChunkDone:
         """Writes the chunk into its slot, and returns what the writer would say; `flip`: with one bit wrong."""
-        groups = begin.layer_groups or 1
-        grid = chunks(begin.start, len(begin.tokens), CHUNK, self.layers, groups)
-        first, count, layers = grid[lease.chunk]
-        kv = np.array(kv_of(begin.tokens, begin.salt, [])[first : first + count], dtype=np.int64)
-        payload = of_heads(kv, range(1), layers)[:, :, 0].T.reshape(-1)
-        seed = seeds(begin.tokens, begin.salt, begin.start, CHUNK)[lease.chunk // groups]
-        checksum = digest(payload.view(np.uint8), piece_seed(seed, first, count, layers, range(1)))
+        first, count = chunks(begin.start, len(begin.tokens), CHUNK)[lease.chunk]
+        payload = np.array(kv_of(begin.tokens, begin.salt, [])[first : first + count], dtype=np.int64)
+        seed = seeds(begin.tokens, begin.salt, begin.start, CHUNK)[lease.chunk]
+        checksum = digest(payload.view(np.uint8), piece_seed(seed, first, count, range(1), range(1)))
         if flip:
             payload[count // 2] ^= 1 << 17
-        self.slots[lease.slot, : len(payload)] = payload
+        self.slots[lease.slot, :count] = payload
         return ChunkDone(
-            begin.handoff_id, lease.lease_id, lease.epoch, lease.chunk, payload.nbytes, [checksum]
+            begin.handoff_id, lease.lease_id, lease.epoch, lease.chunk, count * KV_BYTES, [checksum]
         )
 
     def begun(self) -> tuple[Begin, list[Lease]]:

@@ -43,31 +43,6 @@ async def test_remote_alone_cached_and_among_others(reference: Reference, budget
         assert status.counters["handoffs_failed"] == 0
 
 
-@pytest.mark.parametrize(("groups", "ranks"), [(2, (1, 1)), (3, (2, 1))])
-async def test_layer_groups_leave_in_the_step(
-    reference: Reference, groups: int, ranks: tuple[int, int]
-) -> None:
-    """Two groups and one for each layer, from one rank and from two: a chunk is (1 / groups) of what it was."""
-    async with open_pair(
-        reference.folder,
-        prefill_tp=ranks[0],
-        decode_tp=ranks[1],
-        prefill={"chunk_tokens": 64, "max_batch_tokens": 128},
-        decode={"chunk_tokens": 64, "slots": 6, "layer_groups": groups},
-    ) as pair:
-        answers = await asyncio.gather(*(pair.client.ask(p, prefill="prefill-0") for p in reference.prompts))
-        assert [answer.ids for answer in answers] == reference.answers
-        ways = {
-            (len(p), a.trace.prefilled) for p, a in zip(reference.prompts, answers, strict=True) if len(p) > 1
-        }
-        assert {way for _, way in ways} <= {"remote", "cached"}, ways
-        status = await pair.client.at_rest()
-        assert status.counters["digest_refused"] == 0
-        assert status.counters["handoffs_failed"] == 0
-        ranges = sum(-(-(answer.trace.remote_tokens) // 64) for answer in answers)
-        assert status.counters["chunks_verified"] == groups * ranges
-
-
 async def test_remote_into_a_small_pool(reference: Reference) -> None:
     """A decode pool that holds few prompts at once: hand-offs wait for blocks, decodes are preempted."""
     token_bytes = 2 * 3 * 2 * 24 * 4

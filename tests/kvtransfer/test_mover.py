@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from engine.progress import Progress
 from kvtransfer.digest import copy_and_digest, digest, piece_seed
 from kvtransfer.handshake import CAPABILITIES, PREFLIGHT
 from kvtransfer.join import Join
@@ -88,7 +87,6 @@ class Worker:
             )
             self.memories.append(TransferMemory.over(open_endpoint(sizes, f"{incarnation}/{rank}"), sizes))
         self.pools = random_worker(kv, seed, [memory.storage for memory in self.memories])
-        self.progress = [Progress() for _ in self.memories]
         self.movers = [
             Mover(
                 memory,
@@ -99,7 +97,6 @@ class Worker:
                 on_report=partial(self.join.put, rank),
                 on_fatal=self.fatal.put,
                 gather=gather,
-                progress=self.progress[rank],
             )
             for rank, memory in enumerate(self.memories)
         ]
@@ -153,8 +150,6 @@ def chunk(peer: str = "decode", slot: int = 0, index: int = 0, **changes: Any) -
         blocks_start=0,
         first_token=first,
         tokens=min(20, 44 - first),
-        layers=(0, 3),
-        after=(0, 0),
         seed=1000 + index,
     )
     return msgspec.structs.replace(job, **changes)
@@ -171,7 +166,6 @@ def copy_out(sent: SendChunk, done: ChunkDone, **changes: Any) -> CopyOut:
         blocks_start=0,
         first_token=sent.first_token,
         tokens=sent.tokens,
-        layers=sent.layers,
         seed=sent.seed,
         size_bytes=done.size_bytes,
         digests=done.digests,
@@ -221,7 +215,7 @@ class Pair:
         report = self.prefill.ask(job)
         assert isinstance(report, Sent) and not report.error
         assert (report.peer, report.handoff_id, report.lease_id) == (job.peer, 7, job.lease.lease_id)
-        pieces = self.plan.pieces(job.lease.chunk, job.tokens, len(range(*job.layers)))
+        pieces = self.plan.pieces(job.lease.chunk, job.tokens)
         assert report.size_bytes == pieces.size_bytes.sum() and len(report.digests) == len(pieces)
         peer, done = self.prefill.controls.get(timeout=LIMIT_S)
         assert peer == job.peer
@@ -812,76 +806,3 @@ def _two_processes(kind: str) -> None:
 
 def _as_dict(job: MoverJob) -> Any:
     return msgspec.msgpack.decode(msgspec.msgpack.encode(job))
-
-
-# ---- layer groups --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"wire_dtype": "int8"}, {"kv_heads": 1, "q_heads": 2}])
-def test_layers_go_end_to_end_and_no_other_layer_is_touched(
-    make_pair: Callable[..., Pair], options: dict[str, Any]
-) -> None:
-    pair = make_pair(prefill=options, decode=options)
-    before = snapshot(pair.decode)
-    sent = chunk(layers=(1, 3))
-    done = pair.send(sent)
-    assert pair.decode.ask(copy_out(sent, done)) == Copied(7, 100, True)
-    right, found = pair.prefill.tokens(SOURCE_BLOCKS, 0, 20), pair.decode.tokens(TARGET_BLOCKS, 0, 20)
-    if not options.get("wire_dtype"):
-        assert torch.equal(found[1:3], right[1:3])
-    else:
-        assert torch.allclose(found[1:3], right[1:3], atol=0.05)
-    assert torch.equal(pair.decode.layers[0], before[0])
-
-
-def test_a_digest_is_of_its_layers_only(pair: Pair) -> None:
-    """The right bytes of other layers, of as many, are refused."""
-    sent = chunk(layers=(0, 1))
-    done = pair.send(sent)
-    before = snapshot(pair.decode)
-    assert pair.decode.ask(copy_out(sent, done, layers=(1, 2))) == Copied(7, 100, False)
-    assert unchanged(pair.decode, before)
-
-
-@pytest.mark.parametrize("layers", [(-1, 2), (0, 4), (2, 2)])
-def test_layers_that_there_are_not_are_refused(pair: Pair, layers: tuple[int, int]) -> None:
-    report = pair.prefill.ask(chunk(layers=layers))
-    assert isinstance(report, Sent) and "layers" in report.error
-    done = pair.send(chunk())
-    assert pair.decode.ask(copy_out(chunk(), done, layers=layers)) == Copied(7, 100, False)
-
-
-def test_a_chunk_waits_for_its_layers_and_lets_others_pass(pair: Pair) -> None:
-    """The bytes are read when the layers are there, not when the job was given; nothing but the compute wakes it."""
-    progress = pair.prefill.progress[0]
-    progress.begin(5)
-    early = chunk(index=0, slot=0, layers=(0, 2), after=(6, 2))
-    pair.prefill.submit(early)
-    passing = chunk(index=1, slot=1, after=(5, 0))
-    assert isinstance(report := pair.prefill.ask(passing), Sent) and report.chunk == 1
-    pair.prefill.controls.get(timeout=LIMIT_S)
-    progress.begin(6)
-    progress.wrote(0)
-    for layer in pair.prefill.layers[:2]:
-        layer.fill_(7.0)  # what the step computes
-    assert pair.prefill.reports.empty()
-    progress.wrote(1)
-    report = pair.prefill.reports.get(timeout=LIMIT_S)
-    assert isinstance(report, Sent) and not report.error and report.chunk == 0
-    _, done = pair.prefill.controls.get(timeout=LIMIT_S)
-    assert pair.decode.ask(copy_out(early, done)) == Copied(7, 100, True)
-    assert (pair.decode.tokens(TARGET_BLOCKS, 0, 20)[:2] == 7.0).all()
-
-
-def test_chunks_that_wait_for_a_step_are_answered_when_the_mover_is_closed(pair: Pair) -> None:
-    pair.prefill.submit(chunk(after=(9, 1)))
-    pair.prefill.mover.close()
-    report = pair.prefill.reports.get(timeout=LIMIT_S)
-    assert isinstance(report, Sent) and "closed" in report.error
-
-
-def test_chunks_that_wait_for_a_step_hold_no_staging_buffer(make_pair: Callable[..., Pair]) -> None:
-    pair = make_pair(buffers=1)
-    for index in range(2):
-        pair.prefill.submit(chunk(index=index, slot=index, after=(9, 1)))
-    assert isinstance(report := pair.prefill.ask(chunk(index=2, slot=2)), Sent) and report.chunk == 2

@@ -126,7 +126,7 @@ class Case:
         made = self.plan
         ranks = range(made.decode.tensor_parallel)
         written = [np.zeros((pool.shape[2], pool.shape[3], pool.shape[4]), np.int64) for pool in self.targets]
-        for index, chunk in enumerate(chunks(self.start, self.start + self.tokens, made.chunk_tokens, 1)):
+        for index, chunk in enumerate(chunks(self.start, self.start + self.tokens, made.chunk_tokens)):
             slots = [np.zeros(slot_bytes(made.decode, rank), np.uint8) for rank in ranks]
             touched = [np.zeros(slot.size, np.int64) for slot in slots]
             for source in range(made.prefill.tensor_parallel):
@@ -247,7 +247,7 @@ def check_coverage(made: Plan, tokens: int) -> None:
     heads, tp = made.decode.kv_heads, made.decode.tensor_parallel
     covered = np.zeros((tp, heads, tokens), np.int64)
     load = np.zeros((made.prefill.tensor_parallel, heads), np.int64)  # blocks, a partial one counts as one
-    for index, (first, count, _) in enumerate(chunks(0, tokens, made.chunk_tokens, 1)):
+    for index, (first, count) in enumerate(chunks(0, tokens, made.chunk_tokens)):
         pieces = made.pieces(index, count)
         assert (np.diff(pieces.target) >= 0).all()
         assert (pieces.size_bytes == pieces.heads * pieces.tokens * 8).all()

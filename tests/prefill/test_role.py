@@ -10,8 +10,6 @@ import pytest
 
 from engine.api import PeerLink
 from engine.ledger import BlockLedger
-from engine.plan import StepPlan
-from engine.progress import Progress
 from engine.scheduler import Limits
 from kvtransfer.chunks import chunks
 from kvtransfer.handshake import CAPABILITIES
@@ -36,7 +34,7 @@ from kvtransfer.messages import (
     Sent,
 )
 from prefill.role import STARVED_S, PrefillRole
-from simulation.model import KV_BYTES, VOCABULARY, Model, kv_of, of_heads
+from simulation.model import KV_BYTES, VOCABULARY, Model, kv_of
 from worker.messages import FromPeer, PeerLost, PeerRefused, PeerUp, ToPeer
 
 BLOCK, CHUNK = 4, 8
@@ -52,11 +50,10 @@ def hello(
     block_size: int = BLOCK,
     chunk_tokens: int = CHUNK,
     wire_dtype: str = "",
-    layers: int = 1,
 ) -> Hello:
     kv = KvSpec(
         model=model,
-        layers=layers,
+        layers=1,
         q_heads=1,
         kv_heads=1,
         head_dim=1,
@@ -74,7 +71,7 @@ def hello(
         epoch=epoch,
         capabilities=list(CAPABILITIES),
         slot_count=8,
-        slot_bytes=[chunk_tokens * layers * KV_BYTES],
+        slot_bytes=[chunk_tokens * KV_BYTES],
     )
 
 
@@ -92,15 +89,12 @@ class Desk:
         limits: Limits | None = None,
         max_waiting: int = 50,
         min_bandwidth: float = 0.0,
-        layers: int = 1,
     ) -> None:
         self.now = 0.0
-        self.layers = layers
-        self.model = Model(blocks, BLOCK, layers=range(layers))
-        self.progress = Progress()
+        self.model = Model(blocks, BLOCK)
         self.ledger = BlockLedger(blocks, BLOCK)
         self.role = PrefillRole(
-            hello("prefill", "p1", layers=layers),
+            hello("prefill", "p1"),
             self.ledger,
             limits or Limits(64, 8),
             max_waiting=max_waiting,
@@ -119,22 +113,10 @@ class Desk:
         plan = self.role.schedule(self.now)
         self._carry_out()
         if plan is not None:
-            self.compute(plan)
+            self.role.commit(plan, self.model.run(plan, self.role.scheduler.planned), self.now)
+            self._carry_out()
         self.ledger.check(at_rest=self.role.at_rest)
         return plan is not None
-
-    def compute(self, plan: StepPlan) -> None:
-        """Runs a planned step to its end."""
-        for layer in range(self.layers):
-            self.compute_layer(plan, layer)
-        self.role.commit(plan, self.model.run(plan, self.role.scheduler.planned), self.now)
-        self._carry_out()
-
-    def compute_layer(self, plan: StepPlan, layer: int) -> None:
-        if not layer:
-            self.progress.begin(plan.step)
-        self.model.write_layer(plan, self.role.scheduler.planned, 0, layer)
-        self.progress.wrote(layer)
 
     def run(self) -> None:
         for _ in range(1000):
@@ -172,7 +154,7 @@ class Desk:
     # ---- decode workers ----------------------------------------------------------------------------------------------
 
     def peer_up(self, peer: str = "d1", epoch: int = 1, **kv: Any) -> None:
-        self.role.handle(PeerUp(hello(peer, peer, epoch, layers=self.layers, **kv)), self.now)
+        self.role.handle(PeerUp(hello(peer, peer, epoch, **kv)), self.now)
         self.role.report(Connected(peer), self.now)
 
     def say(self, message: ControlMessage, peer: str = "d1", epoch: int = 1) -> None:
@@ -187,16 +169,8 @@ class Desk:
         peer: str = "d1",
         epoch: int = 1,
         deadline_s: float = 10.0,
-        layer_groups: int = 0,
     ) -> None:
-        begin = Begin(
-            handoff_id=handoff,
-            request_id="r",
-            tokens=tokens,
-            start=start,
-            deadline_s=deadline_s,
-            layer_groups=layer_groups,
-        )
+        begin = Begin(handoff_id=handoff, request_id="r", tokens=tokens, start=start, deadline_s=deadline_s)
         self.begun[peer, handoff] = begin
         self.say(begin, peer, epoch)
 
@@ -210,29 +184,23 @@ class Desk:
         self.say(Credit(handoff, leases), peer, epoch)
 
     def sent(self) -> list[SendChunk]:
-        """The writes that were asked for since the last call and whose KV is said to be there; it must be right now."""
-        writes: list[SendChunk] = []
-        early: list[SendChunk] = []
-        for write in self.read_jobs(SendChunk):
-            (writes if self.progress.reached(write.after) else early).append(write)
-        self.jobs += early
+        """The writes that were asked for since the last call; the KV that they read must be right now."""
+        writes = self.read_jobs(SendChunk)
         for write in writes:
             self.gathers(write)
         return writes
 
     def gathers(self, write: SendChunk) -> None:
         begin = self.begun[write.peer, write.handoff_id]
-        grid = chunks(begin.start, len(begin.tokens), CHUNK, self.layers, begin.layer_groups or 1)
-        first, count, layers = grid[write.lease.chunk]
-        assert (write.first_token, write.tokens, range(*write.layers)) == (first, count, layers)
-        found = self.model.gather(write.blocks, write.blocks_start, first, count, layers=layers)
-        right = np.array(kv_of(begin.tokens, begin.salt, [])[first : first + count])
-        assert (found == of_heads(right, range(1), layers)[:, :, 0].T).all()
+        first, count = chunks(begin.start, len(begin.tokens), CHUNK)[write.lease.chunk]
+        assert (write.first_token, write.tokens) == (first, count)
+        (found,) = self.model.gather(write.blocks, write.blocks_start, first, count)
+        assert found.tolist() == kv_of(begin.tokens, begin.salt, [])[first : first + count]
 
     def settle(self, write: SendChunk, error: str = "") -> None:
         """The write has ended; until now its source blocks had to be what they were."""
         self.gathers(write)
-        size = 0 if error else write.tokens * len(range(*write.layers)) * KV_BYTES
+        size = 0 if error else write.tokens * KV_BYTES
         report = Sent(write.peer, write.handoff_id, write.lease.lease_id, write.lease.chunk, size, error)
         self.role.report(report, self.now)
 
@@ -240,7 +208,7 @@ class Desk:
         """Computes a prompt for a peer of its own and finishes it: it stays in the cache."""
         self.peer_up("filler")
         self.begin(99, prompt_of(desk_tokens, first), peer="filler")
-        self.credit(99, *range(len(chunks(0, desk_tokens, CHUNK, 1))), peer="filler")
+        self.credit(99, *range(len(chunks(0, desk_tokens, CHUNK))), peer="filler")
         self.run()
         for write in self.sent():
             self.settle(write)
@@ -312,93 +280,8 @@ def test_a_cached_prompt_leaves_without_being_computed_again(desk: Desk) -> None
     assert plan is not None
     assert plan.token_count == BLOCK  # the last block is always computed anew
     assert [write.lease.chunk for write in desk.sent()] == [0, 1]
-    desk.compute(plan)
-    assert [write.lease.chunk for write in desk.sent()] == [2]
-
-
-def planned(desk: Desk) -> StepPlan:
-    """The next step, all that was said before it carried out."""
-    plan = desk.role.schedule(desk.now)
-    assert plan is not None
-    desk._carry_out()
-    return plan
-
-
-def test_layer_groups_leave_while_the_step_computes_the_layers_behind() -> None:
-    """The movers have the jobs before the step runs, and each may go as soon as its own layers are there."""
-    desk = Desk(layers=4)
-    desk.peer_up()
-    desk.begin(1, prompt_of(12), layer_groups=2)
-    desk.credit(1, 0, 1, 2)  # not the last one
-    plan = planned(desk)
-    given = [job for job in desk.jobs if isinstance(job, SendChunk)]
-    assert [(job.lease.chunk, job.layers, job.after) for job in given] == [
-        (0, (0, 2), (plan.step, 2)),
-        (1, (2, 4), (plan.step, 4)),
-        (2, (0, 2), (plan.step, 2)),
-    ]
-    assert not desk.sent()
-    desk.compute_layer(plan, 0)
-    assert not desk.sent()
-    desk.compute_layer(plan, 1)
-    writes = desk.sent()  # `sent` has looked whether their KV is there
-    assert [write.lease.chunk for write in writes] == [0, 2]
-    desk.compute_layer(plan, 2)
-    assert not desk.sent()
-    desk.compute_layer(plan, 3)
-    writes += desk.sent()
-    assert [write.lease.chunk for write in writes] == [0, 2, 1]
-    assert len({write.seed for write in writes}) == 2  # of the token range, whichever layers
     desk.role.commit(plan, desk.model.run(plan, desk.role.scheduler.planned), desk.now)
-    for write in writes:
-        desk.settle(write)
-    desk.turn()
-    assert desk.read() == []
-    desk.credit(1, 3)
-    (write,) = desk.sent()
-    desk.settle(write)
-    assert isinstance(desk.read()[0], Done)
-    assert desk.role.at_rest and desk.ledger.held == 0
-
-
-def test_what_several_steps_compute_leaves_with_the_last_of_them() -> None:
-    desk = Desk(limits=Limits(6, 8), layers=2)
-    desk.peer_up()
-    desk.begin(1, prompt_of(16), layer_groups=2)
-    desk.credit(1, 0, 1, 2, 3)
-    first = planned(desk)
-    desk.compute(first)
-    assert not desk.read_jobs(SendChunk)  # 6 of the 8 tokens
-    second = planned(desk)
-    jobs = desk.read_jobs(SendChunk)
-    assert [(job.lease.chunk, job.after) for job in jobs] == [(0, (second.step, 1)), (1, (second.step, 2))]
-
-
-def test_source_blocks_of_a_step_that_is_abandoned_stay_until_its_writes_have_settled() -> None:
-    desk = Desk(layers=2)
-    desk.peer_up()
-    desk.begin(1, prompt_of(8), layer_groups=2)
-    desk.credit(1, 0, 1)
-    plan = planned(desk)
-    desk.compute_layer(plan, 0)
-    (early,) = desk.sent()
-    desk.compute(plan)
-    (late,) = desk.sent()
-    desk.say(Abort(1, "cancelled"))
-    desk.turn()
-    assert desk.ledger.held == 2 and not desk.role.at_rest
-    desk.settle(late)
-    assert desk.ledger.held == 2
-    desk.settle(early)
-    assert desk.read() == [Quiet(1, 1)]
-    assert desk.ledger.held == 0
-
-
-def test_more_layer_groups_than_layers_are_refused() -> None:
-    desk = Desk(layers=2)
-    desk.peer_up()
-    desk.begin(1, prompt_of(9), layer_groups=3)
-    assert refusal(desk) == "3 groups of layers: the model has 2"
+    desk.gathers(desk.sent()[0])
 
 
 def test_block_sizes_may_differ_from_the_chunks_of_the_pair() -> None:

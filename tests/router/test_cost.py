@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.api import HandoffCost, StepCosts
 from engine.costs import prompt_attention
-from router.cost import HYSTERESIS, NEAR, cost
+from router.cost import cost
 from router.estimates import SHORTLIST, estimate, local_scores
 from router.policy import Ask, Decision
 from router.view import TARGET_BINS, ClusterView
@@ -168,29 +167,20 @@ def test_placements_that_nobody_reported_spread_the_load() -> None:
 
 
 def test_nearly_equal_ways_stay_what_was_last() -> None:
-    """A batch and a prompt for which both are worth about the same: then the last decision stands."""
-    for count, prompt in itertools.product(range(1, 60), range(100, 300, 5)):
+    """A batch at which both are worth about the same: then the last decision stands."""
+    for count in range(1, 200):
         cluster = cluster_of()
         running(cluster, "d0", count)
-        local, remote = estimate(ask_of(prompt), cluster.view)
+        local, remote = estimate(ask_of(200), cluster.view)
         assert remote is not None
-        if abs(local.score[0] - remote.score[0, 0]) < min(1e-3, 0.5 * NEAR * local.score[0]):
+        if abs(local.score[0] - remote.score[0, 0]) < 1e-3:
             kinds = []
             for last in (False, True):
                 cluster.last_remote = last
-                kinds.append(decide(cluster, ask_of(prompt)).kind)
+                kinds.append(decide(cluster, ask_of(200)).kind)
             assert kinds == ["local", "remote"]
             return
     raise AssertionError("no such batch")
-
-
-def test_after_a_handoff_what_is_clearly_quicker_here_stays_here() -> None:
-    """The few milliseconds of a short prompt are below any fixed margin."""
-    cluster = cluster_of()
-    cluster.last_remote = True
-    local, remote = estimate(ask_of(4), cluster.view)
-    assert remote is not None and 0 < remote.score[0, 0] - local.score[0] < HYSTERESIS
-    assert decide(cluster, ask_of(4)).kind == "local"
 
 
 def test_the_bound_for_the_decode_worker_is_about_where_both_ways_break_even() -> None:

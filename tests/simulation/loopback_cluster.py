@@ -89,14 +89,6 @@ class Cluster:
                 possible.append(
                     (f"{worker.incarnation} ends its step", partial(worker.finish_step, self.now))
                 )
-                possible += [
-                    (
-                        f"rank {rank} of {worker.incarnation} computes a layer",
-                        partial(worker.compute_layer, rank),
-                    )
-                    for rank, left in enumerate(worker.layers_left)
-                    if left
-                ]
             elif worker.inbox or worker.reports or not worker.role.at_rest:
                 possible.append((f"{worker.incarnation} begins a step", partial(worker.begin_step, self.now)))
             for rank, mover in enumerate(worker.movers):

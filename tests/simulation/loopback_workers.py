@@ -5,8 +5,7 @@ pools, a loopback fabric, control streams. `loopback_cluster` holds several of t
     reports-+--> [ role turn ]-+--> jobs ----> [ mover of each rank ] --> fabric --> slots of the other worker's ranks
             +<------------------- [ join ] <---------+
 
-A turn is that of `worker.loop`, cut in two, and a rank's step into its layers: what the mover and the fabric do while a
-step computes is a choice, too.
+A turn is that of `worker.loop`, cut in two: what the mover and the fabric do while a step computes is a choice, too.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from decode.role import DecodeRole
 from engine.api import RequestEnd, StepOutput
 from engine.ledger import BlockLedger, SlotLedger
 from engine.plan import StepPlan, StepResult
-from engine.progress import Progress
 from engine.scheduler import Limits
 from engine.sequence import Sequence
 from kvtransfer.handshake import CAPABILITIES, PREFLIGHT
@@ -85,16 +83,6 @@ class Pool:
         words[:] = UNWRITTEN
         self._words: list[Words] = list(words)
         self.layers = [torch.from_numpy(layer.view(np.float32)) for layer in self._words]
-
-    def write_layer(self, plan: StepPlan, sequences: list[Sequence], layer: int) -> None:
-        """What a step that is under way has written when it has computed this layer."""
-        for row, sequence in zip(plan.rows, sequences, strict=True):
-            end = row.start + len(row.tokens)
-            right = _words_of(kv_of(sequence.tokens[:end], sequence.salt, []))
-            at = np.arange(row.start, end)
-            blocks = row.block_table.ids[at // self.block_size]
-            heads = slice(self._heads.start, self._heads.stop)
-            self._words[layer][:, blocks, at % self.block_size] = right[layer][:, row.start :, heads]
 
     def run(self, plan: StepPlan, sequences: list[Sequence]) -> StepResult:
         """Computes a step; AssertionError when what it reads is not, bit for bit, what the sequence demands."""
@@ -208,7 +196,7 @@ class SteppedMover(Mover):
 
     def send_next(self) -> bool:
         """Posts the next chunk; False when none waits, or none may take a staging buffer."""
-        could = self._next_ready() is not None
+        could = self._next_peer() is not None
         self._send_next()
         return could
 
@@ -221,7 +209,7 @@ class SteppedMover(Mover):
         possible: dict[str, Callable[[], object]] = {}
         if not self._jobs.empty():
             possible["does a job"] = self.take_job
-        if self._next_ready() is not None:
+        if self._next_peer() is not None:
             possible["sends a chunk"] = self.send_next
         if self._in_flight:
             possible["polls"] = self.poll
@@ -250,7 +238,6 @@ class Size:
     limits: Limits
     max_waiting: int
     timeout_s: float
-    layer_groups: int
 
     @property
     def decode_tokens(self) -> int:
@@ -301,7 +288,6 @@ class Worker:
                 size.limits,
                 max_waiting=size.max_waiting,
                 handoff_timeout_s=size.timeout_s,
-                layer_groups=size.layer_groups,
             )
         else:
             self.role = PrefillRole(self.hello, ledger, size.limits, max_waiting=size.max_waiting)
@@ -315,7 +301,6 @@ class Worker:
             on_report=self.reports.append,
             send_control=lambda peer, done: self._send(peer, done.epoch, done),
         )
-        self.progress = [Progress() for _ in memories]
         self.movers = [
             SteppedMover(
                 memory,
@@ -326,7 +311,6 @@ class Worker:
                 on_report=partial(join.put, rank),
                 on_fatal=lambda error: None,
                 gather=size.gather,
-                progress=self.progress[rank],
             )
             for rank, memory in enumerate(memories)
         ]
@@ -337,7 +321,6 @@ class Worker:
         self.said: list[StepOutput | RequestEnd] = []  # for the router
         self.links: dict[str, Stream] = {}  # by the peer's incarnation
         self.plan: StepPlan | None = None  # a step that computes
-        self.layers_left: list[int] = []  # of it, by rank
         self.alive, self.frozen = True, False
 
     @property
@@ -361,26 +344,10 @@ class Worker:
         self.role.tick(now)
         self.plan = self.role.schedule(now)
         self._carry_out()
-        self.layers_left = [0] * len(self.pools)
-        if self.plan is not None:
-            for progress in self.progress:
-                progress.begin(self.plan.step)
-            self.layers_left = [0 if self.decode else LAYERS] * len(self.pools)
         return self.plan is not None
-
-    def compute_layer(self, rank: int) -> None:
-        """One rank computes its next layer of the step."""
-        assert self.plan is not None
-        layer = LAYERS - self.layers_left[rank]
-        self.pools[rank].write_layer(self.plan, self.role.scheduler.planned, layer)
-        self.progress[rank].wrote(layer)
-        self.layers_left[rank] -= 1
 
     def finish_step(self, now: float) -> None:
         """The other half: the step was computed."""
-        for rank, left in enumerate(self.layers_left):
-            for _ in range(left):
-                self.compute_layer(rank)
         plan, self.plan = self.plan, None
         assert plan is not None
         results = [pool.run(plan, self.role.scheduler.planned) for pool in self.pools]

@@ -67,7 +67,6 @@ def sizes() -> st.SearchStrategy[Size]:
         limits=st.sampled_from((Limits(32, 8), Limits(5, 2), Limits(9, 4))),
         max_waiting=st.sampled_from((100, 100, 3)),
         timeout_s=st.sampled_from((LONG_S, 2.0)),
-        layer_groups=st.sampled_from((1, 2)),
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import msgspec
 import pytest
 
 from decode.landing import LandingZone
@@ -20,7 +19,7 @@ from engine.ledger import BlockLedger, SlotLedger
 from engine.scheduler import Limits
 from kvtransfer.join import Join
 from kvtransfer.leases import LeaseBook
-from kvtransfer.messages import ControlMessage, Copied, Hello, MoverReport, Quiet, SendChunk, Sent
+from kvtransfer.messages import ControlMessage, Copied, Hello, MoverReport, Quiet, Sent
 from prefill.role import Handoff, PrefillRole
 from prefill.states import State
 from simulation.mover import SimulatedMover, Weather
@@ -50,7 +49,6 @@ def cluster(
     block_sizes: tuple[int, int] = (4, 4),
     ranks: tuple[int, int] = (1, 1),
     heads: tuple[int, int] = (4, 2),
-    layer_groups: int = 1,
     **changes: Any,
 ) -> Settings:
     """Two decode and two prefill nodes; calm unless told otherwise. Pairs are prefill, decode."""
@@ -68,7 +66,6 @@ def cluster(
         token_s=0.0001,
         heads=heads,
         tensor_parallel=ranks[1],
-        layer_groups=layer_groups,
     )
     prefill = replace(
         spec,
@@ -143,10 +140,8 @@ def test_calm_clusters_hand_everything_over(
     ranks: tuple[int, int], block_sizes: tuple[int, int], heads: tuple[int, int]
 ) -> None:
     """Without trouble and with room no hand-off fails, so what the other tests survive is not the normal case."""
-    calm: dict[str, Any] = {"cancels": 0.0, "ranks": ranks, "block_sizes": block_sizes, "heads": heads}
-    reports = [*run(cluster(**calm), 3), *run(cluster(**calm, layer_groups=3), 3)]
+    reports = run(cluster(cancels=0.0, ranks=ranks, block_sizes=block_sizes, heads=heads))
     assert not violations(reports)
-    assert sum(report.facts["sent_in_a_step"] for report in reports)
     for report in reports:
         assert report.facts["prefilled_remote"] > 10
         assert not report.facts["count_handoffs_failed"]
@@ -185,18 +180,14 @@ def test_ranks_that_fare_differently_are_one_worker() -> None:
     assert differed == {"sent", "copied"}
 
 
-@pytest.mark.parametrize("layer_groups", [1, 3])
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize(("blocks", "prefill_blocks"), [(20, 20), (20, 100), (100, 20)])
-def test_cramped_clusters_never_wait_for_a_deadline(
-    blocks: int, prefill_blocks: int, slots: int, layer_groups: int
-) -> None:
+def test_cramped_clusters_never_wait_for_a_deadline(blocks: int, prefill_blocks: int, slots: int) -> None:
     """Deadlines of 1000 s, 60 s to answer all: whoever waits is woken by an event, never by giving up."""
     settings = cluster(
         blocks=blocks,
         prefill_blocks=prefill_blocks,
         slots=slots,
-        layer_groups=layer_groups,
         timeout_s=1000.0,
         requests=40,
         prompt_tokens=60,
@@ -230,30 +221,11 @@ class SkipsDigest(SimulatedMover):
     verify = False
 
 
-class SendsTooSoon(SimulatedMover):
-    """Reads KV that the step has yet to compute."""
-
-    def _send_when_computed(self, job: SendChunk) -> None:
-        self._send(job)
-
-
-class SaysLayersTooSoon(PrefillRole):
-    """Tells the movers to wait for one layer less than they send."""
-
-    def drain(self) -> list[Any]:
-        return [
-            msgspec.structs.replace(action, after=(action.after[0], action.after[1] - 1))
-            if isinstance(action, SendChunk)
-            else action
-            for action in super().drain()
-        ]
-
-
 class FreesEarly(PrefillRole):
     """Lets go of the source blocks when the writes are asked for, not when they have settled."""
 
-    def _pump(self, handoff: Handoff, now: float, planned: tuple[int, int] = (0, 0)) -> None:
-        super()._pump(handoff, now, planned)
+    def _pump(self, handoff: Handoff, now: float) -> None:
+        super()._pump(handoff, now)
         if handoff.state is State.SENDING and handoff.posted == len(handoff.chunks):
             handoff.sequence.drop_blocks(self.blocks)
 
@@ -336,8 +308,7 @@ class CopiesIntoHeldBlocks(DecodeRole):
     """A chunk is copied into blocks that a request owns already."""
 
     def schedule(self, now: float) -> Any:
-        for _, _, arriving in self.landing._copying.values():
-            blocks = arriving.blocks
+        for _, _, blocks in self.landing._copying.values():
             held = next((r.sequence.held for r in self._requests.values() if r.sequence.held), [])
             blocks[: len(held)] = held[: len(blocks)]
         return super().schedule(now)
@@ -433,14 +404,7 @@ def _role(
     if not spec.decode:
         return prefill(hello, blocks, spec.limits)
     slots = SlotLedger(spec.slots)
-    return decode(
-        hello,
-        blocks,
-        slots,
-        spec.limits,
-        handoff_timeout_s=spec.handoff_timeout_s,
-        layer_groups=spec.layer_groups,
-    )
+    return decode(hello, blocks, slots, spec.limits, handoff_timeout_s=spec.handoff_timeout_s)
 
 
 def frees_lost_slots(spec: NodeSpec, hello: Hello, blocks: BlockLedger) -> SimRole:
@@ -480,8 +444,6 @@ CRAMPED = {"blocks": 40, "prefill_blocks": 24, "requests": 60, "load_s": 0.1, "t
     ("broken", "trouble", "found"),
     [
         ({"mover": SkipsDigest}, {"weather": Weather(corrupt=0.3)}, "is not its own"),
-        ({"mover": SendsTooSoon}, {}, "is not its own"),
-        ({"make": with_prefill(SaysLayersTooSoon)}, {"layer_groups": 3}, "is not its own"),
         ({"make": with_prefill(FreesEarly)}, CRAMPED, "is not its own"),
         ({"make": with_prefill(ForgetsQuiet)}, STORM, "quarantined"),
         ({"make": with_prefill(QuietTooSoon)}, STORM, "which was leased again"),

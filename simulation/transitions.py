@@ -29,11 +29,13 @@ def allowed() -> list[Transition]:
 
 
 def taken() -> Counter[Transition]:
-    """Since this process began."""
+    """Since this process began, in the order of the tables whatever came first."""
     return Counter(
         {
-            (table.name, before.name, after.name): times
+            (table.name, before.name, after.name): table.taken[before, after]
             for table in TABLES
-            for (before, after), times in table.taken.items()
+            for before, moves in table.moves.items()
+            for after in table.moves
+            if after in moves and table.taken[before, after]
         }
     )

@@ -289,7 +289,7 @@ class Worker:
         self._commit(run.plan, now)
         self._report_run(run, run.done)
         plan = self.side.schedule(now)
-        assert plan is not None and len(plan.rows) == len(run.sequences)
+        assert plan is not None and plan.token_count == len(plan.rows) == len(run.sequences)
         run.plan = plan
         self._plan_end(run)
 
@@ -305,7 +305,7 @@ class Worker:
             if steps > 2:
                 self.side.scheduler.decode_ahead(steps - 2, TOKEN)
             plan = self.side.schedule(float(ends[-2]))
-            assert plan is not None and len(plan.rows) == len(run.sequences)
+            assert plan is not None and plan.token_count == len(plan.rows) == len(run.sequences)
             run.plan = plan
         self._run = None
         self._took(now - run.begun, steps, steps * len(run.sequences), False)

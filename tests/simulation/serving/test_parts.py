@@ -23,7 +23,7 @@ from cluster.simulate_config import load_cluster
 from engine.api import Spread
 from engine.prefix import names
 from simulation.serving.names import NamedHints, TraceNames, names_of
-from simulation.serving.plan import Goal, bound, deployment, search, shared_share, splits, verdict
+from simulation.serving.plan import Goal, Split, bound, deployment, search, shared_share, splits, verdict
 from simulation.serving.profiles import noise
 from tests.simulation.serving.clusters import cluster, profile, run
 
@@ -114,6 +114,19 @@ def test_no_simulated_rate_exceeds_its_bound() -> None:
     assert all(split.rate <= 1.05 * split.bound for split in simulated)
     assert all(split.note for split in found if split.result is None)
     assert found[0].rate == max(split.rate for split in found)
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (1, 1), (0, 3), (2, 1)])
+@pytest.mark.parametrize("source", [LONG, SHORT], ids=["long", "short"])
+def test_nothing_is_quicker_than_the_bound_and_it_is_near(shape: tuple[int, int], source: Synthetic) -> None:
+    """All requests at once: what the deployment can do at most."""
+    trace = Workload(source, requests=200).schedule(1e4)
+    split = Split(shape[0], 1, shape[1], 1)
+    spec = cluster(*shape, device=DEVICE)
+    most = bound(split, spec, trace.trace, Slo())
+    outcome = run(deployment(split, spec), trace)
+    assert all(record.ok for record in outcome.run.records)
+    assert 0.4 * most < 200 / outcome.end_s < 1.05 * most
 
 
 def test_a_plan_says_when_colocation_is_better() -> None:

@@ -134,6 +134,16 @@ def test_runs_equal_steps(seed: int, shape: tuple[int, int], tokens: int, rate: 
     assert together.events < apart.events
 
 
+def test_whoever_missed_its_target_is_told_of_once() -> None:
+    """With a target below every gap; also when the run ends before the router looks again."""
+    spec = cluster(0, 1)
+    spec = replace(spec, front=replace(spec.front, itl_s=1e-3))
+    simulated = ServingCluster(spec, schedule((0.0, 50, 30), (0.02, 50, 30), (5.0, 50, 1)))
+    simulated.run()
+    assert [flight.told_late for flight in simulated.flights] == [True, True, False]
+    assert not simulated.front.cluster.decode.pool.below.any()
+
+
 def test_runs_spare_events() -> None:
     spec, arrivals = cluster(0, 1), schedule((0.0, 100, 500), (0.1, 100, 300))
     assert run(spec, arrivals, batch=False).events > 10 * run(spec, arrivals).events

@@ -37,7 +37,7 @@ class WorkerActor:
         spec = _prepare(spec_json, environment, log)
         module, _, function = shell_name.partition(":")
         open_shell = getattr(importlib.import_module(module), function)
-        self._shell = open_shell(spec, self._listener) if self._listener is not None else open_shell(spec)
+        self._shell = open_shell(spec, self._listener)
         return msgspec.json.encode(await self._shell.start())
 
     async def wait_closed(self) -> str:

@@ -19,17 +19,12 @@ from engine.scheduler import Limits
 from kvtransfer.handshake import CAPABILITIES
 from kvtransfer.join import Join
 from kvtransfer.messages import (
-    Connect,
     ControlMessage,
-    CopyOut,
-    Disconnect,
     Hello,
     KvSpec,
     Lease,
     MoverJob,
     MoverReport,
-    Probe,
-    SendChunk,
 )
 from kvtransfer.plan import kv_heads, slot_bytes
 from prefill.role import PrefillRole
@@ -235,7 +230,7 @@ class Node:
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
-            if isinstance(action, Connect | Disconnect | SendChunk | CopyOut | Probe):
+            if isinstance(action, MoverJob):
                 for mover in self.movers:
                     mover.submit(action)
             elif isinstance(action, ToPeer):

@@ -19,7 +19,7 @@ import msgspec
 from engine.api import Costs, Load
 from engine.plan import StepPlan, StepResult
 from kvtransfer import failpoints
-from kvtransfer.messages import Connect, CopyOut, Disconnect, MoverJob, MoverReport, Probe, SendChunk
+from kvtransfer.messages import MoverJob, MoverReport
 from worker import ledger_view
 from worker.messages import FromEngine, FromPeer, ReadLedger, Shutdown, ToEngine, ToPeer
 from worker.ring import RingReader, RingWriter
@@ -148,7 +148,7 @@ class StepLoop:
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
-            if isinstance(action, Connect | Disconnect | SendChunk | CopyOut | Probe):
+            if isinstance(action, MoverJob):
                 assert self.mover is not None, "a role without a transport asked for one"
                 self.mover.submit(action)
             else:

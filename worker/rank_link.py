@@ -24,17 +24,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from kvtransfer.messages import (
-    Connect,
-    Connected,
-    Copied,
-    CopyOut,
-    Disconnect,
-    Probe,
-    Probed,
-    SendChunk,
-    Sent,
-)
+from kvtransfer.messages import MoverJob, MoverReport
 from worker import ring
 from worker.messages import Fatal, Shutdown
 from worker.spec import WorkerSpec
@@ -64,8 +54,8 @@ class RankReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     slot_bytes: int
 
 
-ToRank = StepDelta | Connect | Disconnect | SendChunk | CopyOut | Probe | Expecting | Shutdown
-FromRank = RankReady | Connected | Sent | Copied | Probed | Fatal
+ToRank = StepDelta | MoverJob | Expecting | Shutdown
+FromRank = RankReady | MoverReport | Fatal
 
 
 class Arrive(msgspec.Struct, frozen=True):

@@ -10,13 +10,12 @@ from typing import Protocol
 from engine.api import KvEvents, Load, RequestEnd, StepOutput
 from engine.costs import StepModel
 from engine.plan import StepPlan, StepResult
-from kvtransfer.messages import Connect, CopyOut, Disconnect, MoverReport, Probe, SendChunk
+from kvtransfer.messages import MoverJob, MoverReport
 from worker.messages import PeerRefused, ToEngine, ToPeer
 
 # What a role wants done: said to the shell, or given to the mover of its process.
 Said = StepOutput | RequestEnd | ToPeer | PeerRefused
-Job = Connect | Disconnect | SendChunk | CopyOut | Probe
-Action = Said | Job
+Action = Said | MoverJob
 
 
 @dataclass(frozen=True, slots=True)

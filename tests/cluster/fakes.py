@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,7 @@ class FakeShell(worker_pb2_grpc.WorkerServicer):
         (self.folder / f"stopped-{self.spec.worker_id}").touch()
 
 
-def open_shell(spec: WorkerSpec) -> FakeShell:
+def open_shell(spec: WorkerSpec, listener: socket.socket | None = None) -> FakeShell:
     return FakeShell(spec)
 
 
